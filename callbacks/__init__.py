@@ -1,0 +1,51 @@
+"""Callbacks that attach a method to any Lightning Trainer.
+
+Example::
+
+    from effdl.callbacks import PruningCallback
+
+    trainer = Trainer(callbacks=[PruningCallback(sparsity=0.9)])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "PolyComCallback": "effdl.callbacks.polycom",
+    "PowerNormCallback": "effdl.callbacks.powernorm",
+    "PruningCallback": "effdl.callbacks.gradual_pruning",
+    "RNGStateCallback": "effdl.callbacks.rng_state",
+    "SAMCallback": "effdl.callbacks.sam",
+    "SharpnessCallback": "effdl.callbacks.sam",
+    "SmoothGradCAMCallback": "effdl.callbacks.smooth_gradcampp",
+}
+
+if TYPE_CHECKING:
+    from effdl.callbacks.gradual_pruning import PruningCallback
+    from effdl.callbacks.polycom import PolyComCallback
+    from effdl.callbacks.powernorm import PowerNormCallback
+    from effdl.callbacks.rng_state import RNGStateCallback
+    from effdl.callbacks.sam import SAMCallback, SharpnessCallback
+    from effdl.callbacks.smooth_gradcampp import SmoothGradCAMCallback
+
+__all__ = [
+    "PolyComCallback",
+    "PowerNormCallback",
+    "PruningCallback",
+    "RNGStateCallback",
+    "SAMCallback",
+    "SharpnessCallback",
+    "SmoothGradCAMCallback",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'effdl.callbacks' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

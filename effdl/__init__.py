@@ -1,0 +1,69 @@
+"""effdl: the methods of deep-learning papers as parts for the Lightning Trainer you already have.
+
+Names are exported lazily (PEP 562), so that ``effdl list`` does not wait for torch.
+
+Example::
+
+    import effdl
+    from effdl.callbacks import PruningCallback
+
+    pruning = effdl.create("gradual-pruning", sparsity=0.9)   # the same as PruningCallback(sparsity=0.9)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ConfigurationError": "effdl.core.errors",
+    "DiffusionModule": "effdl.tasks.diffusion",
+    "ELRImageClassifier": "effdl.training.elr",
+    "ELRLossMixin": "effdl.training.elr",
+    "ELRPlusModule": "effdl.training.elr",
+    "ImageClassifier": "effdl.tasks.image",
+    "LanguageModel": "effdl.tasks.language",
+    "PolyNorm": "effdl.architectures.polycom",
+    "PolyReLU": "effdl.architectures.polycom",
+    "PowerNorm": "effdl.architectures.powernorm",
+    "ReflowModule": "effdl.diffusion.instaflow",
+    "create": "effdl.catalog",
+}
+
+if TYPE_CHECKING:
+    from effdl.architectures.polycom import PolyNorm, PolyReLU
+    from effdl.architectures.powernorm import PowerNorm
+    from effdl.catalog import create
+    from effdl.core.errors import ConfigurationError
+    from effdl.diffusion.instaflow import ReflowModule
+    from effdl.tasks.diffusion import DiffusionModule
+    from effdl.tasks.image import ImageClassifier
+    from effdl.tasks.language import LanguageModel
+    from effdl.training.elr import ELRImageClassifier, ELRLossMixin, ELRPlusModule
+
+__all__ = [
+    "ConfigurationError",
+    "DiffusionModule",
+    "ELRImageClassifier",
+    "ELRLossMixin",
+    "ELRPlusModule",
+    "ImageClassifier",
+    "LanguageModel",
+    "PolyNorm",
+    "PolyReLU",
+    "PowerNorm",
+    "ReflowModule",
+    "create",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'effdl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,1 @@
+"""Layers and networks put in place of stock ones."""

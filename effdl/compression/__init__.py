@@ -1,0 +1,1 @@
+"""Smaller or cheaper models: pruning, low rank, quantisation, distillation."""

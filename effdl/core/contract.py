@@ -1,0 +1,38 @@
+"""What a public class tells the contract suite (``tests/contract``) about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ContractExample:
+    """A tiny run of one public class, returned by its classmethod ``contract_example()``.
+
+    Args:
+        kwargs: constructor arguments of the class (for a Mixin: keyword arguments of the combined class).
+        bad: for *every* constructor argument one value (or a list of values) that must be refused with a
+            ``ConfigurationError`` naming the argument; an argument that takes anything maps to ``ContractExample.ANY``.
+        module: makes the LightningModule to train. ``None``: the suite's own foreign classifier (Callback, Mixin)
+            or the class itself built with ``kwargs`` (Module).
+        data: makes the train dataloader. ``None``: the suite's own 8x8 image batches ``(x, y)``; a batch size of
+            4 and 8 batches are plenty. It must be resumable: order a function of (seed, epoch).
+        example_input: ``module -> tuple of tensors`` for export; ``None``: the first batch's inputs.
+        finished: ``module -> nn.Module`` to export; ``None``: ``module.model`` where there is one, else the module.
+        rebuild: for methods that change the architecture on purpose: ``bare module -> module`` with the documented
+            rebuilt architecture, into which a checkpoint loads strictly; ``None``: the bare module.
+        manual: the class optimises by hand (no SAM, no clipping by the Trainer).
+    """
+
+    ANY = "any value is legal"
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    bad: dict[str, Any] = field(default_factory=dict)
+    module: Callable[[], Any] | None = None
+    data: Callable[[], Any] | None = None
+    example_input: Callable[[Any], tuple] | None = None
+    finished: Callable[[Any], Any] | None = None
+    rebuild: Callable[[Any], Any] | None = None
+    manual: bool = False

@@ -1,0 +1,1 @@
+"""LightningDataModules over HF datasets, with offline defaults."""

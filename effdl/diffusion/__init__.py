@@ -1,0 +1,1 @@
+"""Training, accelerating and steering diffusion and flow models."""

@@ -1,0 +1,1 @@
+"""Stock LightningModules that methods attach to."""

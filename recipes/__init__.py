@@ -1,0 +1,1 @@
+"""One YAML per method: what `effdl run NAME` executes."""
