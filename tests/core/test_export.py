@@ -1,0 +1,131 @@
+"""core.export: files that open without effdl, with the same outputs."""
+
+from __future__ import annotations
+
+import builtins
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from effdl.core import export
+from effdl.core.errors import ConfigurationError, MissingExtraError
+
+
+class Tied(nn.Module):
+    """Two names for one weight, and a channels-last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7)
+        self.head.weight = self.embedding.weight
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+
+    def forward(self, index, scale=1.0):
+        return self.head(self.embedding(index)) * scale
+
+
+class Holder(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+def small_timm(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model("resnet10t", num_classes=5, in_chans=1, **kwargs)
+
+
+def test_product_is_the_network():
+    network = nn.Linear(2, 2)
+    assert export.product(Holder(network)) is network
+    assert export.product(network) is network
+
+
+def test_safetensors_of_tied_and_channels_last_weights(tmp_path):
+    model = Tied()
+    path = export.save_safetensors(model, tmp_path / "deep" / "m.safetensors")
+    fresh = Tied()
+    fresh.load_state_dict(load_file(path), strict=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor)
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_timm_folder_opens_in_plain_timm(tmp_path):
+    model = small_timm().to(memory_format=torch.channels_last).eval()
+    assert export.save_model(Holder(model), tmp_path) == "timm"
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(again(x), model(x))
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("replace", [nn.GELU, nn.Identity])
+def test_changed_timm_network_is_not_passed_off_as_timms(tmp_path, replace):
+    model = small_timm()
+    model.layer1[0].act1 = replace()
+    with pytest.raises(ConfigurationError, match="resnet10t"):
+        export.save_timm(model, tmp_path)
+    assert export.save_model(model, tmp_path) == "safetensors"
+    assert not (tmp_path / "config.json").exists()
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_save_pretrained_wins(tmp_path):
+    class Pretrained(nn.Linear):
+        def save_pretrained(self, folder):
+            (tmp_path / "called").write_text(folder)
+
+    assert export.save_model(Holder(Pretrained(2, 2)), tmp_path / "model") == "pretrained"
+    assert (tmp_path / "called").read_text() == str(tmp_path / "model")
+
+
+def test_program_has_a_free_batch_and_same_outputs(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.BatchNorm1d(3))
+    model[1].eval()
+    export.export_program(model, (torch.randn(2, 4),), tmp_path / "m.pt2")
+    assert [m.training for m in model] == [True, False, True]
+    x = torch.randn(5, 4)
+    again = torch.export.load(tmp_path / "m.pt2").module()
+    torch.testing.assert_close(again(x), model.eval()(x))
+
+
+def test_program_with_keyword_inputs(tmp_path):
+    model = Tied()
+    export.export_program(model, (torch.tensor([1, 2]),), tmp_path / "m.pt2", {"scale": 2.0})
+    again = torch.export.load(tmp_path / "m.pt2").module()
+    torch.testing.assert_close(again(torch.tensor([3, 4, 5]), scale=2.0), model(torch.tensor([3, 4, 5]), 2.0))
+
+
+def test_program_of_a_network_tied_to_its_batch(tmp_path):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(2, -1)
+
+    export.export_program(Fixed(), (torch.ones(2, 4),), tmp_path / "m.pt2")
+    assert torch.export.load(tmp_path / "m.pt2").module()(torch.ones(2, 4)).shape == (2, 4)
+
+
+def test_onnx_gives_the_same_outputs(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    path = export.export_onnx(model, (torch.randn(2, 1, 8, 8),), tmp_path / "m.onnx")
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(export.onnx_outputs(path, (x,))[0], model(x).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_missing_extra_names_itself(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "onnxscript":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr("importlib.import_module", refuse)
+    with pytest.raises(MissingExtraError, match=r"effdl\[onnx\]"):
+        export.export_onnx(nn.Linear(2, 2), (torch.ones(1, 2),), tmp_path / "m.onnx")
