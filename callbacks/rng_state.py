@@ -14,7 +14,8 @@ class RNGStateCallback(Callback):
     """Saves and restores torch's (CPU, CUDA), NumPy's and Python's global random state, per rank.
 
     Lightning saves none of it, so a resumed run shuffles and drops out differently from the uninterrupted one. The
-    state is put back in ``on_fit_start``: before the DataLoader draws its seed, after which it would be too late.
+    state is put back in ``on_fit_start``: before the DataLoader draws its seed, after which it would be too late; and,
+    for a checkpoint from the middle of an epoch, once more before the first batch, whose loader has drawn again.
 
     Example::
 
@@ -40,7 +41,14 @@ class RNGStateCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self._loaded is not None and len(self._loaded) == world_size():
             set_rng_state(self._loaded[rank()])
-        self._loaded = None
+        else:
+            self._loaded = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._loaded is not None:
+            if batch_idx > 0:
+                set_rng_state(self._loaded[rank()])
+            self._loaded = None
 
 
 def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -50,8 +50,9 @@ def n_m_mask(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
     Raises:
         ConfigurationError: the dimension is not divisible by ``m``.
     """
-    if scores.shape[dim] % m:
-        raise ConfigurationError(f"{n}:{m} sparsity needs an input dimension divisible by {m}, got {scores.shape[dim]}.")
+    size = scores.shape[dim]
+    if size % m:
+        raise ConfigurationError(f"{n}:{m} sparsity needs an input dimension divisible by {m}, got {size}.")
     grouped = scores.movedim(dim, -1)
     shape = grouped.shape
     groups = grouped.reshape(-1, m)
@@ -145,12 +146,20 @@ class MaskStore:
         if buffers:
             torch._foreach_mul_(buffers, masks)
 
-    def apply_to_state(self, state: dict[str, Tensor], prefix: str = "") -> None:
-        """Replace entries of a state dict by new, masked tensors."""
+    def apply_to_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Replace entries of a state dict by new, masked tensors; tied ones under all their names. Returns the raw."""
+        sharing: dict[int, list[str]] = {}
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                sharing.setdefault(value.data_ptr(), []).append(key)
+        kept = {}
         for name, mask in self.masks.items():
-            key = prefix + name
-            if key in state:
-                state[key] = state[key] * mask.to(device=state[key].device, dtype=state[key].dtype)
+            if name in state:
+                raw = state[name]
+                masked = raw * mask.to(device=raw.device, dtype=raw.dtype)
+                for key in [k for k in sharing[raw.data_ptr()] if state[k].shape == raw.shape]:
+                    kept[key], state[key] = raw, masked
+        return kept
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Packed masks, for a checkpoint."""
@@ -165,7 +174,7 @@ class MaskStore:
         for name, packed in state.items():
             if name not in self.weights or list(self.weights[name].data.shape) != packed["shape"]:
                 raise ConfigurationError(
-                    f"the checkpoint has a mask for {name} of shape {packed['shape']}, and this run selects no such weight."
+                    f"the checkpoint has a mask for {name} of shape {packed['shape']}; this run selects no such weight."
                 )
             self.set(name, unpack(packed))
 

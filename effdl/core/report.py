@@ -128,6 +128,30 @@ def measure(model: nn.Module, args: tuple | None = None, kwargs: Mapping[str, An
     return numbers
 
 
+class ForwardProbe:
+    """Measures a network inside somebody else's training, with the arguments that its next real forward gets.
+
+    Example::
+
+        probe = ForwardProbe(network)       # before the step
+        numbers = probe.measure()           # after its forward, before its backward
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._seen: tuple[tuple, dict[str, Any]] | None = None
+        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, _model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._seen = (args, kwargs)
+        self._handle.remove()
+
+    def measure(self) -> dict[str, Any]:
+        """:func:`measure`, without latency where no forward was seen. Ends the probe."""
+        self._handle.remove()
+        return measure(self.model, *(self._seen or ()))
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine and devices, as plain values."""
     versions = {}

@@ -33,7 +33,7 @@ def reweight(module: nn.Module, attribute: str, transform: Transform) -> Handle:
     """
     if module._parameters.get(attribute) is None:
         raise ConfigurationError(f"{type(module).__name__} has no parameter {attribute!r} to reweight.")
-    if not hasattr(type(module), "_effdl_transforms"):
+    if not hasattr(type(module), "_effdl_swapped"):
         _swap_class(module)
     transforms: dict[str, tuple[Transform, ...]] = module.__dict__["_effdl_transforms"]
     if attribute not in type(module).__dict__:
@@ -49,8 +49,16 @@ def raw(module: nn.Module, attribute: str) -> nn.Parameter:
 
 def _swap_class(module: nn.Module) -> None:
     base = type(module)
-    module.__class__ = type(f"Reweighted{base.__name__}", (base,), {"_effdl_transforms": True, "_effdl_base": base})
+    body: dict[str, object] = {"_effdl_base": base, "_effdl_swapped": True}
+    if isinstance(module, nn.RNNBase):
+        # recurrent layers read a cached list of their weights, not the attributes
+        body["_flat_weights"] = property(lambda self: [getattr(self, n) for n in self._flat_weights_names], _ignore)
+    module.__class__ = type(f"Reweighted{base.__name__}", (base,), body)
     module.__dict__["_effdl_transforms"] = {}
+
+
+def _ignore(module: nn.Module, value: object) -> None:
+    """``RNNBase`` refills its list now and then; the property makes it anew on each read."""
 
 
 def _seen(module: nn.Module, attribute: str) -> Tensor | None:
@@ -69,3 +77,5 @@ def _remove(module: nn.Module, attribute: str, transform: Transform) -> None:
     if not any(transforms.values()):
         module.__dict__.pop("_effdl_transforms", None)
         module.__class__ = type(module)._effdl_base  # type: ignore[attr-defined]
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [module._parameters[n] for n in module._flat_weights_names]
