@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from effdl.core.contract import ContractExample
 from effdl.core.distributed import rank, world_size
 from effdl.core.random import rng_state, set_rng_state
 
@@ -24,6 +25,8 @@ class RNGStateCallback(Callback):
         trainer = Trainer(callbacks=[RNGStateCallback(), ModelCheckpoint(save_last=True)])
         trainer.fit(module, data, ckpt_path="last.ckpt", weights_only=True)
     """
+
+    paper = None
 
     def __init__(self) -> None:
         self._loaded: list[dict[str, Any]] | None = None
@@ -49,6 +52,12 @@ class RNGStateCallback(Callback):
             if batch_idx > 0:
                 set_rng_state(self._loaded[rank()])
             self._loaded = None
+
+
+    @classmethod
+    def contract_example(cls) -> ContractExample:
+        """For the contract suite."""
+        return ContractExample()
 
 
 def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,6 +24,10 @@ class ContractExample:
         rebuild: for methods that change the architecture on purpose: ``bare module -> module`` with the documented
             rebuilt architecture, into which a checkpoint loads strictly; ``None``: the bare module.
         manual: the class optimises by hand (no SAM, no clipping by the Trainer).
+        second: arguments of a second instance beside the first (other layers, say); ``None``: the same arguments,
+            and then Lightning's own refusal of two callbacks with one state key is fine too.
+        ddp_equals_single: two processes with batches of B end where one with batches of 2B does. ``False`` where the
+            method means something else on purpose (its docstring and its own tests say what).
     """
 
     ANY = "any value is legal"
@@ -36,3 +40,5 @@ class ContractExample:
     finished: Callable[[Any], Any] | None = None
     rebuild: Callable[[Any], Any] | None = None
     manual: bool = False
+    second: dict[str, Any] | None = None
+    ddp_equals_single: bool = True
