@@ -120,7 +120,7 @@ def build_model(model: str | nn.Module, num_classes: int, pretrained: bool, kwar
         return from_hub(
             lambda _name, **rest: create(model, pretrained=pretrained, num_classes=num_classes, **rest),
             model,
-            "a timm folder as model='local-dir:FOLDER', or weights as checkpoint='FILE.safetensors'",
+            instead="a timm folder as model='local-dir:FOLDER', or weights as checkpoint='FILE.safetensors'",
             **kwargs,
         )
     local = model.startswith("local-dir:")
