@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effdl.core.batch import logits_of
-from effdl.core.capture import capture, first_tensor, uncompiled
+from effdl.core.capture import capture, first_tensor, named_module, uncompiled
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer
 
 Reshape = Callable[[Tensor], Tensor]
@@ -56,15 +56,17 @@ def check_map(tensor: Tensor, name: str, ndim: int) -> None:
     check(is_map(tensor, ndim), "targets", name, f"a layer with a {ndim}-d map, not {tuple(tensor.shape)}", fix)
 
 
-def default_layer(model: nn.Module, x: Tensor, score: Callable[[Any], Tensor], reshape: Reshape | None) -> str:
-    """The last layer with a map of more than one position that the score depends on, by one dry forward.
+def default_layer(
+    model: nn.Module, names: Sequence[str], x: Tensor, score: Callable[[Any], Tensor], reshape: Reshape | None
+) -> str:
+    """Of the layers ``names``, the last with a map of more than one position that the score depends on.
 
-    For a CNN that is what feeds the global pooling. For token models (``reshape`` given) it is the last normalisation
-    whose map has a gradient: behind the last attention, patch tokens no longer reach a class token.
+    One dry forward tells. For a CNN it is what feeds the global pooling. For token models (``reshape`` given) it is the
+    last normalisation whose map has a gradient: behind the last attention, patch tokens no longer reach a class token.
     """
-    kinds = {n: type(m).__name__ for n, m in uncompiled(model).named_modules() if n}
+    kinds = {name: type(named_module(model, name)).__name__ for name in names}
     passing = ("Pool", "Dropout", "Identity")  # they only hand on another layer's map
-    names = [n for n, kind in kinds.items() if not any(word in kind for word in passing)]
+    names = [name for name, kind in kinds.items() if not any(word in kind for word in passing)]
     names = [n for n in names if "Norm" in kinds[n]] if reshape else names
     x = x.detach().clone().requires_grad_()
     with capture(model, names, clone=True, pick=_tensor_or_none) as seen:
@@ -160,3 +162,9 @@ def pick_classes(output: Any, class_idx: int | Sequence[int] | Tensor | None) ->
     check(fits, "class_idx", class_idx, f"an integer or a list of {count} integers")
     check(bool(((given >= 0) & (given < classes)).all()), "class_idx", class_idx, f"classes in [0, {classes})")
     return given.long().expand(count)
+
+
+def beliefs(output: Any, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax probability of the given classes, and the predicted classes: (B,) and (B,)."""
+    logits = class_logits(output).detach().float()
+    return logits.softmax(1).gather(1, classes[:, None]).squeeze(1), logits.argmax(1)

@@ -102,11 +102,14 @@ class LayerMap:
 
 @dataclass(frozen=True)
 class Explanation:
-    """``layers`` {name: LayerMap}; the ``classes`` (B,), ``None`` with ``target_fn``; their clean ``scores`` (B,)."""
+    """``layers`` {name: LayerMap}; of each clean sample (B,) the ``scores``, and without ``target_fn`` the explained
+    ``classes``, their softmax ``probabilities`` and the ``predicted`` classes."""
 
     layers: dict[str, LayerMap]
-    classes: Tensor | None
     scores: Tensor
+    classes: Tensor | None = None
+    probabilities: Tensor | None = None
+    predicted: Tensor | None = None
 
 
 class SmoothGradCAMpp:
@@ -120,7 +123,7 @@ class SmoothGradCAMpp:
     Args:
         model: returns logits (B, C), a tuple that starts with them, or an object with ``.logits``.
         targets: layers to explain, by module-name glob or type; ``None``: the last layer with a spatial map.
-        exclude: layers that ``targets`` should not match.
+        exclude: layers that ``targets`` (or its default) must not be.
         n_samples: noisy copies per image, >= 1.
         sigma: standard deviation of the noise, >= 0; 0 with ``n_samples=1`` is Grad-CAM++.
         sigma_mode: ``"range"``: sigma times each image's max - min (SmoothGrad's rule); ``"absolute"``: sigma itself.
@@ -176,7 +179,8 @@ class SmoothGradCAMpp:
         self.reshape = _layers.resolve_reshape(reshape_transform)
         check_targets("targets", targets)
         check_targets("exclude", exclude)
-        self.layers = None if targets is None else list(select_modules(uncompiled(model), targets, exclude))
+        self.candidates = list(select_modules(uncompiled(model), targets, exclude))
+        self.layers = None if targets is None else self.candidates
         self.target_fn, self.internal_batch_size = target_fn, internal_batch_size
         self.generator = generator(seed)  # on the CPU: the same noise on every device
 
@@ -201,14 +205,16 @@ class SmoothGradCAMpp:
         with undisturbed(uncompiled(self.model)), preserved_rng(), torch.compiler.set_stance("force_eager"):
             x = x.detach().clone()
             if self.layers is None:
-                self.layers = [self._default_layer(x if self.target_fn else x[:1])]
+                dry = (x if self.target_fn else x[:1], self._best_score, self.reshape)
+                self.layers = [_layers.default_layer(self.model, self.candidates, *dry)]
             output, tensors = self._run(x)
             classes = None if self.target_fn else _layers.pick_classes(output, class_idx)
+            said = [] if self.target_fn else [classes, *_layers.beliefs(output, classes)]
             scores = self._score(output, classes).detach()
             clean = {name: self._map(tensor, name, x.ndim) for name, tensor in tensors.items()}
             del output, tensors  # and with them the clean graph
             sums = self._average(x.detach(), classes, noise, clean)
-        return Explanation({name: self._finish(clean[name], sums[name]) for name in self.layers}, classes, scores)
+        return Explanation({name: self._finish(clean[name], sums[name]) for name in self.layers}, scores, *said)
 
     def _run(self, x: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """The model's output and its layers' outputs; the graph starts at ``x``, since all parameters may be frozen."""
@@ -273,11 +279,8 @@ class SmoothGradCAMpp:
         check(isinstance(score, Tensor) and score.ndim == 1, "target_fn", score, "a function that returns scores (B,)")
         return score
 
-    def _default_layer(self, x: Tensor) -> str:
-        def best(output: Any) -> Tensor:
-            return self._score(output, None if self.target_fn else _layers.pick_classes(output, None))
-
-        return _layers.default_layer(self.model, x, best, self.reshape)
+    def _best_score(self, output: Any) -> Tensor:
+        return self._score(output, None if self.target_fn else _layers.pick_classes(output, None))
 
     def _map(self, tensor: Tensor, name: str, ndim: int) -> Tensor:
         """The layer's tensor as (B, K, *spatial), detached, float32 or wider."""
