@@ -65,7 +65,7 @@ class Entry:
         return f"{self.module}.{self.name}"
 
 
-def _folder(package: str) -> Path | None:
+def source_folder(package: str) -> Path | None:
     """Where a package's sources lie, also in an editable install; its parents alone are imported."""
     spec = importlib.util.find_spec(package)
     return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
@@ -74,7 +74,7 @@ def _folder(package: str) -> Path | None:
 @cache
 def families() -> dict[str, Path]:
     """Family name to folder."""
-    root = _folder("effdl")
+    root = source_folder("effdl")
     assert root is not None
     folders = sorted(path for path in root.iterdir() if (path / "__init__.py").is_file())
     return {path.name: path for path in folders if path.name not in NOT_FAMILIES and not path.name.startswith("_")}
@@ -112,7 +112,7 @@ def _imported(tree: ast.Module, name: str) -> ast.expr | None:
         if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("effdl."):
             for alias in statement.names:
                 if (alias.asname or alias.name) == name:
-                    folder = _folder(statement.module.rpartition(".")[0])
+                    folder = source_folder(statement.module.rpartition(".")[0])
                     path = folder / f"{statement.module.rpartition('.')[2]}.py" if folder else None
                     return _assigned(_tree(path).body, alias.name) if path and path.is_file() else None
     return None
@@ -176,7 +176,7 @@ def _entries_of(module: str, path: Path, family: str) -> Iterator[Entry]:
 def entries() -> tuple[Entry, ...]:
     """Every public method class: callbacks before the classes of the families, each in the order of its file."""
     found: list[Entry] = []
-    for module, path in _sources(_folder("effdl.callbacks"), "effdl.callbacks"):
+    for module, path in _sources(source_folder("effdl.callbacks"), "effdl.callbacks"):
         found += _entries_of(module, path, _family_of(path.stem))
     for family, folder in families().items():
         for module, path in _sources(folder, f"effdl.{family}"):
@@ -190,7 +190,7 @@ def class_paths() -> dict[str, str]:
     packages = ["effdl.callbacks", *(f"effdl.{family}" for family in families()), "effdl.tasks", "effdl.data"]
     names: dict[str, str] = {}
     for package in packages:
-        for module, path in _sources(_folder(package), package):
+        for module, path in _sources(source_folder(package), package):
             for node in _tree(path).body:
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                     names.setdefault(node.name, f"{module}.{node.name}")
@@ -213,6 +213,13 @@ def find(name: str) -> Entry:
             return entry
     known = [known for entry in entries() for known in (entry.slug, entry.name)]
     raise ConfigurationError(f"No method is called {name!r}. {suggest(name, known)} `effdl list` shows all.")
+
+
+def syntax(entry: Entry) -> ast.Module:
+    """The syntax tree of the file that defines the class."""
+    folder = source_folder(entry.module.rpartition(".")[0])
+    assert folder is not None
+    return _tree(folder / f"{entry.module.rpartition('.')[2]}.py")
 
 
 def load(entry: Entry) -> type:

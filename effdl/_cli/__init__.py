@@ -1,0 +1,1 @@
+"""What stands behind the commands of ``effdl.cli``; each is imported when its command is called."""

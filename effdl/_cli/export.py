@@ -1,0 +1,119 @@
+"""``effdl export``: the finished model of a checkpoint, as files that open without effdl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from rich.console import Console
+
+from effdl._cli import recipe
+from effdl._cli.dry_run import NOTHING_WRITTEN
+from effdl._cli.engine import LAST, RecipeCLI
+from effdl._cli.run import Watch, quiet
+from effdl.core.errors import ConfigurationError, check_choice
+from effdl.core.export import export_onnx, export_program, onnx_outputs, product, save_model
+
+FORMATS = ("model", "program", "onnx")
+
+
+def export(checkpoint: str, formats: list[str], output: str | None, config: str | None) -> list[Path]:
+    """Write the model of a checkpoint.
+
+    The run is set up again from the ``config.yaml`` beside the checkpoint and validated once with its weights: what a
+    method does to a model when it is loaded, replaced layers or a calibration, is done again.
+
+    Args:
+        checkpoint: file, or a run folder, whose ``last.ckpt`` is taken.
+        formats: of ``"model"`` (folder), ``"program"`` (``torch.export``), ``"onnx"``.
+        output: folder; default ``export`` beside the checkpoint.
+        config: YAML of the run where it is not beside the checkpoint.
+
+    Raises:
+        ConfigurationError: no checkpoint or config, a checkpoint of another model, inputs that cannot be found.
+    """
+    for name in formats:
+        check_choice("format", name, FORMATS)
+    quiet()
+    path = Path(checkpoint) / LAST if Path(checkpoint).is_dir() else Path(checkpoint)
+    if not path.is_file():
+        raise ConfigurationError(f"{path} is not a checkpoint: give a .ckpt file or a run folder with {LAST}.")
+    (stage,) = recipe.stages_of(recipe.read(_config(path, config)), [])
+    module, watch = load(stage, path)
+    folder = Path(output) if output else path.parent / "export"
+    console, written = Console(), []
+    network = product(module)
+    if "model" in formats:
+        kind = save_model(module, folder / "model")
+        written.append(folder / "model")
+        console.print(f"{folder / 'model'}: {_how(kind, folder / 'model')}")
+    if {"program", "onnx"} & set(formats) and watch.inputs is None:
+        raise ConfigurationError(f"{type(network).__name__} was not called in validation: its inputs are not known.")
+    for name in (name for name in formats if name != "model"):
+        args, kwargs = _twice(watch.inputs)
+        target = folder / ("model.pt2" if name == "program" else "model.onnx")
+        (export_program if name == "program" else export_onnx)(network, args, target, kwargs)
+        written.append(target)
+        console.print(f"{target}: largest difference to the model {_difference(network, target, args, kwargs)}")
+    return written
+
+
+def load(stage: recipe.Stage, checkpoint: Path) -> tuple[Any, Watch]:
+    """The module with its callbacks attached and the checkpoint's weights, and what its network was called with."""
+    # the whole of the weights comes from the checkpoint: nothing is fetched to be overwritten
+    cli = RecipeCLI(stage, folder=None, trainer={**NOTHING_WRITTEN, "limit_val_batches": None})
+    watch = Watch()
+    cli.trainer.callbacks.insert(0, watch)
+    what = "validate" if is_overridden("validation_step", cli.model) else "test"
+    try:
+        getattr(cli.trainer, what)(
+            cli.model, datamodule=cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False
+        )
+    except RuntimeError as error:
+        if "load" not in str(error):
+            raise
+        raise ConfigurationError(f"{checkpoint} does not fit the model of its config: {error}") from error
+    return cli.model.cpu(), watch
+
+
+def _config(checkpoint: Path, given: str | None) -> Path:
+    candidates = [Path(given)] if given else [folder / "config.yaml" for folder in checkpoint.resolve().parents[:2]]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ConfigurationError(f"No config.yaml beside {checkpoint}: name the run's config with --config FILE.")
+
+
+def _twice(inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Two examples, so that the batch dimension is seen to be one."""
+
+    def double(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.cat([value, value]).cpu() if value.dim() else value.cpu()
+        if isinstance(value, dict):
+            return {key: double(item) for key, item in value.items()}
+        return type(value)(map(double, value)) if isinstance(value, (tuple, list)) else value
+
+    return double(inputs)
+
+
+def _difference(network: torch.nn.Module, path: Path, args: tuple, kwargs: dict[str, Any]) -> str:
+    network.eval()
+    with torch.no_grad():
+        expected = network(*args, **kwargs)
+        if path.suffix == ".onnx":
+            got: Any = onnx_outputs(path, args)
+        else:
+            got = torch.export.load(path).module()(*args, **kwargs)
+    pairs = zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(got))
+    return f"{max((float((a - b).abs().max()) for a, b in pairs), default=0.0):.1e}"
+
+
+def _how(kind: str, folder: Path) -> str:
+    return {
+        "timm": f"timm.create_model('local-dir:{folder}', pretrained=True)",
+        "pretrained": f"from_pretrained('{folder}')",
+        "safetensors": "safetensors.torch.load_file('model.safetensors')",
+    }[kind]
