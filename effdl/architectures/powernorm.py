@@ -97,10 +97,11 @@ class PowerNorm(nn.Module):
         self.register_buffer("ema_gz", torch.zeros(num_features))
         self.register_buffer("iters", torch.zeros((), dtype=torch.int64))
         self.name = "PowerNorm"  # what an error calls this layer
-        self.padding_mask: Tensor | None = None  # used where forward is given none
+        self.padding_mask: Tensor | None = None  # [B, T], used where forward is given none and the tokens are as many
+        self.warn_untrained = True
         self.loss_scale: Tensor | None = None  # fp16: how far the loss was scaled up; not-finite steps are then skipped
         self._memory: deque[tuple[Tensor, ...]] = deque(maxlen=self._MEMORY)
-        self._forwards, self._checked_before_eval = 0, False
+        self._forwards = 0
 
     def _check_options(self) -> None:
         check_integer("num_features", self.num_features, 1)
@@ -115,6 +116,8 @@ class PowerNorm(nn.Module):
         check_number("group_eps", self.group_eps, 0, float("inf"), closed="()")
         check_choice("backward_scale", self.backward_scale, ("running", "batch"))
         check_choice("mode", self.mode, ("power", "vanilla"))
+        for name in ("mask_backward", "sync"):
+            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         if self.nu_clip is not None:
             check_number("nu_clip", self.nu_clip, 0, float("inf"), closed="()", fix="None switches the clipping off.")
 
@@ -122,9 +125,9 @@ class PowerNorm(nn.Module):
         """Normalise x [..., C]; ``padding_mask`` is bool [...], true where there is padding."""
         check(x.shape[-1] == self.num_features, "x", tuple(x.shape), f"last dimension {self.num_features}")
         if self.training:
-            return self._train_step(x, self.padding_mask if padding_mask is None else padding_mask)
-        if not (self._checked_before_eval or torch.compiler.is_compiling()):
-            self._checked_before_eval = True
+            return self._train_step(x, padding_mask)
+        if self.warn_untrained and not torch.compiler.is_compiling():
+            self.warn_untrained = False
             if self.iters == 0:
                 warnings.warn(f"{self.name} runs in eval before any training step: running_phi is 1.", stacklevel=2)
         options = {"group_num": self.group_num, "eps": self.eps, "group_eps": self.group_eps}
@@ -137,6 +140,8 @@ class PowerNorm(nn.Module):
         if self._forwards % self._CHECK_EVERY == 0:
             self.check_finite()
         tokens, valid = x.reshape(-1, self.num_features), None
+        if padding_mask is None:
+            padding_mask = self._standing_mask(x)
         if padding_mask is not None:
             shape = tuple(padding_mask.shape)
             check(shape == x.shape[:-1], "padding_mask", shape, f"a mask of shape {tuple(x.shape[:-1])}")
@@ -144,6 +149,13 @@ class PowerNorm(nn.Module):
             check(not empty, "padding_mask", "all true", "at least one token that is not padding")
             valid = (~padding_mask).reshape(-1, 1).to(upcast(x).dtype)
         return PowerFunction.apply(tokens, self.weight, self.bias, valid, self).view(x.shape)
+
+    def _standing_mask(self, x: Tensor) -> Tensor | None:
+        """``self.padding_mask`` where it fits x: as it is, for time-first tokens transposed, for pooled ones not."""
+        mask = self.padding_mask
+        if mask is None or mask.shape == x.shape[:-1]:
+            return mask
+        return mask.T if mask.T.shape == x.shape[:-1] else None
 
     def check_finite(self) -> None:
         """Raise ``FloatingPointError`` where the running state is lost (waits for the device)."""

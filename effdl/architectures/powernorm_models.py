@@ -33,7 +33,7 @@ def powernorm_model(
     group_num: int | Literal["auto"] | None = "auto",
     **options: Any,
 ) -> nn.Module:
-    """Replace LayerNorm and RMSNorm in ``model``, in place, by :class:`PowerNorm`; returns ``model``.
+    """Replace LayerNorm and RMSNorm in ``model``, in place, by :class:`PowerNorm`; returns ``model``. Again: no change.
 
     gamma and beta start from the replaced layer's (an RMSNorm has no beta: it starts at 0; a LayerNorm without affine
     parameters becomes a PowerNorm without). ``nn.TransformerEncoderLayer`` leaves its fast path, which reads norms
@@ -54,6 +54,7 @@ def powernorm_model(
         model.load_state_dict(torch.load("trained.pt", weights_only=True))
     """
     selected = select_norms(model, targets, exclude)
+    selected = {name: norm for name, norm in selected.items() if not isinstance(norm, PowerNorm)}
 
     def make(name: str, old: nn.Module) -> PowerNorm:
         features = _features(name, old)
@@ -62,21 +63,18 @@ def powernorm_model(
         norm.name = name
         return _copy_affine(old, norm)
 
-    if selected:
-        replace_modules(model, selected, make)
-        disable_transformer_fast_path(model)
+    replace_modules(model, selected, make)
+    disable_transformer_fast_path(model)
     return model
 
 
 def select_norms(model: nn.Module, targets: Targets = None, exclude: Targets = None) -> dict[str, nn.Module]:
-    """The norms that :func:`powernorm_model` replaces, by name; empty where that has been done before."""
-    kinds = tuple({type(m) for m in model.modules() if isinstance(m, nn.LayerNorm) or _is_rms_norm(m)})
-    if not kinds and any(isinstance(m, PowerNorm) for m in model.modules()):
-        return {}
-    selected = select_modules(model, targets, exclude, default=kinds or (nn.LayerNorm, "RMSNorm"))
-    if targets is None:
-        selected = {name: norm for name, norm in selected.items() if not _QUERY_KEY_NORM.fullmatch(name)}
-    return selected
+    """The norms that :func:`powernorm_model` is about, by name, those that are a PowerNorm already among them."""
+    kinds = {type(m) for m in model.modules() if isinstance(m, (nn.LayerNorm, PowerNorm)) or _is_rms_norm(m)}
+    selected = select_modules(model, targets, exclude, default=tuple(kinds) or (nn.LayerNorm, "RMSNorm"))
+    if targets is not None:
+        return selected
+    return {name: norm for name, norm in selected.items() if not _QUERY_KEY_NORM.fullmatch(name)}
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
