@@ -104,6 +104,8 @@ def undisturbed(module: nn.Module, *, training: bool = False) -> Iterator[nn.Mod
     with torch.inference_mode(False):
         buffers = {b: b.detach().clone() for b in module.buffers()}
         try:
+            for p in wants:
+                p.grad = None  # a backward inside would add to the user's in place
             module.train(training)
             with torch.enable_grad():
                 yield module

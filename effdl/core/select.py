@@ -104,7 +104,8 @@ def _nothing(argument: str, target: Target, modules: dict[str, nn.Module]) -> st
         return f"{argument}={target.__name__} matches no layer: the model has none of this type."
     types = {type(m).__name__ for m in modules.values()}
     plain = re.sub(r"[*?\[\]]", "", target)
-    near = suggest(plain, [*filter(None, modules), *types])
+    suffixes = {name.split(".", i)[-1] for name in modules for i in range(name.count(".") + 1)}
+    near = suggest(plain, [*filter(None, modules), *sorted(types | suffixes - {""})])
     return f"{argument}={target!r} matches no layer. {near or _sample(modules)}"
 
 
