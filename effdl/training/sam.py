@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from effdl.core.errors import check, check_number
+from effdl.core.paper import Paper
 
+PAPER = Paper(
+    slug="sam",
+    title="When Vision Transformers Outperform ResNets without Pre-training or Strong Data Augmentations",
+    authors=("Chen, Xiangning", "Hsieh, Cho-Jui", "Gong, Boqing"),
+    year=2022,
+    arxiv="2106.01548",
+    venue="International Conference on Learning Representations",
+)
 EPSILON = 1e-12
 """Added to the norm (official code), so that a zero gradient gives a zero perturbation."""
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effdl.core.capture import first_tensor
 from effdl.core.errors import check, check_integer
+from effdl.core.hessian import HessianOperator, block_traces, extreme_eigenvalues
 
 _ACTIVATIONS = ("relu", "gelu", "silu", "swish", "mish", "softplus", "elu")
 
@@ -186,6 +188,55 @@ def loss_plane(
     finally:
         torch._foreach_copy_(moved, saved)
     return surface
+
+
+def measure_sharpness(
+    model: nn.Module,
+    loss: Callable[[Any], Tensor],
+    batches: Sequence[Any],
+    blocks: Mapping[str, nn.Module] | None = None,
+    layers: Mapping[str, nn.Module] | None = None,
+    trace_samples: int = 10,
+    max_iterations: int = 100,
+) -> dict[str, float]:
+    """The numbers of the paper's tables 1 and 4 on a probe set, with respect to the trainable parameters.
+
+    Args:
+        model: in the mode to be measured in (evaluation).
+        loss: batch -> mean loss of the batch (0-d), through ``model``.
+        batches: the probe set; a batch counts by the first dimension of its first tensor.
+        blocks: name -> module whose parameters' diagonal block of the Hessian is measured.
+        layers: name -> module for :func:`record_activity`.
+        trace_samples: of Hutchinson's estimate; 0: no trace.
+        max_iterations: Lanczos steps at most, per spectrum.
+
+    Returns:
+        ``lambda_max``, ``lambda_min``, ``probe_loss``, ``weight_norm``, perhaps ``trace``; ``lambda_max/NAME`` per
+        block; ``active_fraction/NAME`` and ``activation_norm/NAME`` per layer.
+
+    Example::
+
+        loss = lambda batch: F.cross_entropy(model(batch[0]), batch[1])
+        measure_sharpness(model.eval(), loss, [(x, y)], blocks={"fc1": model.fc1}, layers={"act": model.act})
+    """
+    sizes = [len(first_tensor(batch)) for batch in batches]
+
+    def operator(module: nn.Module) -> HessianOperator:
+        return HessianOperator(loss, [p for p in module.parameters() if p.requires_grad], batches, sizes)
+
+    with record_activity(layers or {}) as activity, torch.no_grad():
+        total = sum(loss(batch) * size for batch, size in zip(batches, sizes))
+    whole = operator(model)
+    ends = extreme_eigenvalues(whole, max_iterations=max_iterations)
+    found = {"lambda_max": ends.largest, "lambda_min": ends.smallest}
+    if trace_samples:
+        found["trace"] = block_traces(whole, trace_samples).sum(1).mean().item()
+    found |= {"probe_loss": (total / sum(sizes)).item(), "weight_norm": weight_norm(whole.parameters).item()}
+    for name, module in (blocks or {}).items():
+        found[f"lambda_max/{name}"] = extreme_eigenvalues(operator(module), max_iterations=max_iterations).largest
+    for name, layer in activity().items():
+        found |= {f"active_fraction/{name}": layer.active_fraction, f"activation_norm/{name}": layer.norm}
+    return found
 
 
 def _like_filters(weight: Tensor, generator: torch.Generator) -> Tensor:
