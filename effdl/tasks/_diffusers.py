@@ -1,0 +1,166 @@
+"""diffusers' folders and pipelines, taken apart for training, put together again for sampling and saving."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+
+from effdl.core.errors import ConfigurationError, check
+from effdl.core.hub import from_hub
+from effdl.core.teacher import Frozen
+from effdl.tasks.tiny import tiny_ddpm
+
+NETWORKS = ("unet", "transformer")
+INSTEAD = "a diffusers folder, or a configuration as in its config.json"
+# Without `accelerate` diffusers prints a paragraph unless it is told that the plain way of loading is wanted.
+_LOADING = {"low_cpu_mem_usage": False}
+
+
+class Surroundings:
+    """What stands frozen beside a trained network: the rest of its pipeline, if it has one.
+
+    Not an ``nn.Module``: outside checkpoint, optimizer and DDP. A deep copy (WeightAveraging makes one) shares it.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline | None = None) -> None:
+        self.pipeline = pipeline
+        self.vae = self._frozen("vae")
+        self.text_encoder = self._frozen("text_encoder")
+        self.tokenizer = getattr(pipeline, "tokenizer", None)
+
+    def _frozen(self, name: str) -> Frozen | None:
+        module = getattr(self.pipeline, name, None)
+        return None if module is None else Frozen(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Surroundings:
+        return self
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents of unit scale, in fp32 (half precision overflows some VAEs); without a VAE the images themselves."""
+        if self.vae is None:
+            return images.float()
+        vae = self.vae.on(images)
+        with torch.autocast(images.device.type, enabled=False):
+            latents = vae.encode(images.to(vae.dtype)).latent_dist.sample(generator)
+        return (latents.float() - _shift(vae)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_images(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`encode_images`."""
+        if self.vae is None:
+            return latents.float()
+        vae = self.vae.on(latents)
+        with torch.autocast(latents.device.type, enabled=False):
+            return vae.decode((latents / vae.config.scaling_factor + _shift(vae)).to(vae.dtype)).sample.float()
+
+    @torch.no_grad()
+    def encode_tokens(self, input_ids: Tensor) -> Tensor:
+        """Hidden states (B, L, D) of token ids (B, L)."""
+        if self.text_encoder is None:
+            raise ConfigurationError("tokens and prompts need a pipeline with a tokenizer and a text encoder.")
+        return self.text_encoder.on(input_ids)(input_ids)[0]
+
+    def tokens(self, prompts: list[str]) -> Tensor:
+        """Token ids (B, L) of B strings, at the tokenizer's full length."""
+        if self.tokenizer is None:
+            raise ConfigurationError("prompts need a pipeline with a tokenizer and a text encoder.")
+        length = self.tokenizer.model_max_length
+        full = {"padding": "max_length", "truncation": True, "max_length": length}
+        return self.tokenizer(prompts, return_tensors="pt", **full).input_ids
+
+
+def _shift(vae: Any) -> float:
+    return vae.config.get("shift_factor") or 0.0
+
+
+def take_apart(model: nn.Module | DiffusionPipeline | dict[str, Any] | str) -> tuple[nn.Module, Any, Surroundings]:
+    """Network, noise scheduler (or ``None``) and surroundings of a network, a pipeline, a configuration as in
+    ``config.json``, a local folder, a pipeline's hub id, or ``"tiny"``."""
+    if isinstance(model, str):
+        return _opened(model)
+    if isinstance(model, DiffusionPipeline):
+        return getattr(model, _network_name(model)), model.scheduler, Surroundings(model)
+    if isinstance(model, dict):
+        return _configured(model), None, Surroundings()
+    check(isinstance(model, nn.Module), "model", type(model).__name__, f"a network, a pipeline, {INSTEAD}")
+    return model, None, Surroundings()
+
+
+def _network_name(pipeline: DiffusionPipeline) -> str:
+    name = next((name for name in NETWORKS if getattr(pipeline, name, None) is not None), None)
+    check(name is not None, "model", type(pipeline).__name__, f"a pipeline with one of {NETWORKS}")
+    return name
+
+
+def _opened(name: str) -> tuple[nn.Module, Any, Surroundings]:
+    if name == "tiny":
+        return take_apart(tiny_ddpm())
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        where = "unet" if (folder / "unet").is_dir() else ""
+        valid = "a folder of a diffusers pipeline or network"
+        check((folder / where / "config.json").is_file(), "model", name, valid, "It has no model_index.json.")
+        network = diffusers.AutoModel.from_pretrained(str(folder), subfolder=where or None, **_LOADING)
+        return network, _scheduler(folder / "scheduler"), Surroundings()
+    return take_apart(from_hub(DiffusionPipeline.from_pretrained, str(folder), instead=INSTEAD, **_LOADING))
+
+
+def _scheduler(folder: Path) -> Any:
+    if not folder.is_dir():
+        return None
+    name = diffusers.DDPMScheduler.load_config(str(folder))["_class_name"]
+    return getattr(diffusers, name).from_pretrained(str(folder))
+
+
+def _configured(config: dict[str, Any]) -> nn.Module:
+    classes: dict[str, Callable] = {cls.__name__: cls for cls in (UNet2DModel, UNet2DConditionModel)}
+    name = config.get("_class_name", "UNet2DConditionModel" if "cross_attention_dim" in config else "UNet2DModel")
+    check(name in classes, "model", name, f"a _class_name among {list(classes)}")
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    unknown = sorted(set(config) - set(inspect.signature(classes[name]).parameters))
+    check(not unknown, "model", unknown, f"entries of the configuration of {name}")
+    return classes[name](**config)
+
+
+def put_together(surroundings: Surroundings, network: nn.Module, scheduler: Any) -> DiffusionPipeline | None:
+    """A pipeline around the network: like the one it came from, or a ``DDPMPipeline`` around a UNet2DModel."""
+    if surroundings.pipeline is None:
+        return DDPMPipeline(network, scheduler) if isinstance(network, UNet2DModel) else None
+    pipeline = copy.copy(surroundings.pipeline)
+    pipeline.register_modules(**{_network_name(pipeline): network, "scheduler": scheduler})
+    return pipeline
+
+
+def save(surroundings: Surroundings, network: nn.Module, scheduler: Any, folder: str | Path) -> None:
+    """A pipeline's folder; for a network that belongs to no pipeline the folders ``unet`` and ``scheduler``."""
+    pipeline = put_together(surroundings, network, scheduler)
+    if pipeline is not None:
+        pipeline.save_pretrained(str(folder))
+    elif hasattr(network, "save_pretrained"):
+        network.save_pretrained(str(Path(folder) / "unet"))
+        scheduler.save_pretrained(str(Path(folder) / "scheduler"))
+    else:
+        raise ConfigurationError(f"a {type(network).__name__} has no save_pretrained: save its state_dict.")
+
+
+@torch.no_grad()
+def draw(
+    predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, scheduler: Any, steps: int, generator: torch.Generator
+) -> Tensor:
+    """The sampling loop of a diffusers scheduler: from unit noise ``x`` (B, ...) by way of ``predict(x_t, t)``."""
+    scheduler.set_timesteps(steps, device=x.device)
+    x = x * scheduler.init_noise_sigma
+    random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for t in scheduler.timesteps:
+        out = predict(scheduler.scale_model_input(x, t), t.expand(len(x)))
+        x = scheduler.step(out, t, x, **random).prev_sample
+    return x
