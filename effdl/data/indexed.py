@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 
@@ -35,10 +37,7 @@ class IndexedDataset(Dataset):
     @property
     def num_examples(self) -> int:
         """Largest index + 1."""
-        dataset = self.dataset
-        while isinstance(dataset, Subset) and not self.own_positions:
-            dataset = dataset.dataset
-        return len(dataset)
+        return len(self) if self.own_positions else num_examples_of(self.dataset)
 
     def index_of(self, position: int) -> int:
         """The stable index of the example at ``position``."""
@@ -56,16 +55,32 @@ class IndexedDataset(Dataset):
     def __getitem__(self, position: int) -> Any:
         return _with_index(self.dataset[position], self.index_of(position))
 
-    def __getitems__(self, positions: Sequence[int]) -> list[Any]:
-        """A whole batch at once where the wrapped data set can (a cached tensor set does)."""
-        if hasattr(self.dataset, "__getitems__"):
-            examples = self.dataset.__getitems__(positions)
-        else:
-            examples = [self.dataset[position] for position in positions]
-        return [_with_index(example, self.index_of(p)) for example, p in zip(examples, positions)]
+    def __getitems__(self, positions: Sequence[int]) -> Any:
+        """A whole batch at once where the wrapped data set can; collated if that one's is."""
+        index = [self.index_of(position) for position in positions]
+        if not hasattr(self.dataset, "__getitems__"):
+            return [_with_index(self.dataset[position], i) for position, i in zip(positions, index)]
+        examples = self.dataset.__getitems__(positions)
+        if isinstance(examples, list):
+            return [_with_index(example, i) for example, i in zip(examples, index)]
+        return _with_index(examples, torch.tensor(index))  # it comes collated
 
 
-def _with_index(example: Any, index: int) -> Any:
+def num_examples_of(dataset: Any, by_length: bool = True) -> int | None:
+    """Rows that a table over the indices of a data set needs; a ``Subset`` counts as what it was taken from.
+
+    Args:
+        dataset: one that knows its ``num_examples``, or any with a length.
+        by_length: whether its length may be taken.
+    """
+    while not hasattr(dataset, "num_examples") and isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if hasattr(dataset, "num_examples"):
+        return dataset.num_examples
+    return len(dataset) if by_length and isinstance(dataset, Sized) else None
+
+
+def _with_index(example: Any, index: int | Tensor) -> Any:
     if isinstance(example, dict):
         return example | {"index": index}
     if isinstance(example, (tuple, list)):
