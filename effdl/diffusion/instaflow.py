@@ -1,0 +1,341 @@
+"""instaflow: reflow a diffusion or flow model onto straight paths and distil it to one step.
+
+Three stages, one module: ``"flow"`` fits a velocity to independent pairs of noise and data, ``"reflow"`` fits it again
+to the pairs (noise, what the teacher makes of it), which straightens the paths, ``"distill"`` fits the one step from
+noise to image. Maths: :mod:`effdl.diffusion._flow`; pairs: :mod:`effdl.diffusion._pairs`; networks and time labels:
+:mod:`effdl.diffusion._denoiser`; pipelines: :mod:`effdl.diffusion._source`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from effdl.core.batch import unpack
+from effdl.core.contract import ContractExample
+from effdl.core.distributed import rank, world_size
+from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
+from effdl.core.paper import Paper
+from effdl.core.random import generator
+from effdl.core.teacher import Frozen
+from effdl.diffusion._denoiser import CONVENTIONS, StackedDenoiser, TimeConvention
+from effdl.diffusion._flow import (
+    Condition,
+    check_times,
+    euler,
+    guided_velocity,
+    interpolate,
+    rectified_flow_loss,
+    rk45,
+    straightness,
+    time_points,
+    wide,
+)
+from effdl.diffusion._pair_table import PairTable
+from effdl.diffusion._pairs import ReflowPairs
+from effdl.diffusion._perceptual import PerceptualDistance, check_distance
+from effdl.diffusion._source import FlowSource, merge_delta
+from effdl.tasks._optimizers import optimizer_and_scheduler
+
+__all__ = [
+    "CONVENTIONS", "FlowSource", "PairTable", "ReflowModule", "ReflowPairs", "StackedDenoiser", "TimeConvention",
+    "euler", "guided_velocity", "interpolate", "merge_delta", "rectified_flow_loss", "rk45", "straightness",
+    "time_points",
+]  # fmt: skip
+
+STAGES = ("flow", "reflow", "distill")
+STRAIGHTNESS_STEPS = 20
+
+
+class ReflowModule(LightningModule):
+    """Trains a velocity network on straight lines from noise to data (InstaFlow).
+
+    With x0 ~ N(0, I), t = 0 at the noise, X_t = t x1 + (1 - t) x0:
+
+    ========== ============================= ==================== =====================================================
+    stage      batch                         t                    loss
+    ========== ============================= ==================== =====================================================
+    flow       images, labels or prompts     U[eps, 1)            E || v(X_t, t | c) - (x1 - x0) ||^2      (eq. 3)
+    reflow     x0, x1, condition             U[eps, 1)            the same, x1 = ODE[teacher](x0 | c)      (eq. 5)
+    distill    x0, x1, condition             0 (K > 1: k/K)       E D(x1, x0 + v(x0, 0 | c))               (eq. 6)
+    ========== ============================= ==================== =====================================================
+
+    Reflow changes the coupling and distillation keeps it: run them one after the other, on pairs of the network that
+    the stage starts from (:class:`ReflowPairs`), never fused. One step of a 1-flow is E[x1 | c], a blur; what makes one
+    step enough is the deterministic coupling, so x0, x1 and c must stay together. Distilling a diffusion model directly
+    fails (the paper's FID 40.9 against 31.0 through a reflow).
+
+    Args:
+        model: where the weights start: a diffusers pipeline (object, folder, hub id), a ``UNet2DModel``,
+            ``UNet2DConditionModel``, ``SD3Transformer2DModel``, or any ``network(x, label, condition)``. The student
+            is a copy; a denoising U-Net needs no new head to become a velocity.
+        stage: ``"flow"``, ``"reflow"`` or ``"distill"``.
+        teacher: for ``online_steps``, of the same kinds; ``None``: ``model`` as it was given, frozen.
+        convention: how the network counts time, a name in ``CONVENTIONS`` or a ``TimeConvention``; ``None``: as its
+            folder records, else ``"instaflow"`` for U-Nets, ``"diffusers"`` for SD3, ``"plain"`` for other networks.
+        steps: network calls per image, N of :meth:`sample`; in stage distill also K: the net is valid at this N only.
+        eps: smallest t; ``None``: 1e-3, and 0 in stage distill, whose net is called at exactly t = k/K.
+        distance: ``"l2"``, or in stage distill with one step ``"lpips"`` or any differentiable
+            ``distance(images, targets)`` on decoded images in [-1, 1]. The paper: L2 first, then LPIPS in a second run.
+        reduction: of L2, ``"mean"`` or ``"half_sum"``.
+        online_steps: in stage reflow, integrate the teacher with so many Euler steps (20 is common) inside the training
+            step instead of reading pairs; a batch gives the conditions, its images only their number.
+        guidance: alpha of that teacher.
+        seed: of times and noise, which are functions of (seed, epoch, batch), drawn for the global batch.
+        optimizer, scheduler: as LightningCLI injects them. The paper: AdamW 1e-5 for Stable Diffusion (unverified).
+
+    Logged: ``train/loss``, ``val/loss``, ``instaflow/straightness`` (on the first validation batch, 20 Euler steps; not
+    in stage distill, whose net knows nothing of 0 < t). EMA (the paper: 0.9999) is Lightning's ``EMAWeightAveraging``.
+
+    Suggested: reflow batch 64 x 70k then 1024 x 25k, distillation 1024 x 21.5k (L2) and x 18k (LPIPS) for Stable
+    Diffusion (199 A100-days in all); 1e6 pairs or more for CIFAR-10, Adam 2e-4, warm-up 5000, clipping at 1.
+    Fails when: there are too few pairs (the student repeats them), x0 and x1 were shuffled (no gain at all), the pairs
+    were made with a guidance above 2 for a reflowed net (over-saturated).
+
+    Raises:
+        ConfigurationError: an argument out of range, or a combination that the paper excludes.
+
+    Example::
+
+        flow = ReflowModule(tiny_unet(16, 1, num_classes=10), stage="flow")
+        Trainer(max_steps=1000).fit(flow, ImageData("digits", image_size=16, channels=1))
+        flow.save_pretrained("1-flow")
+        reflow = ReflowModule("1-flow", stage="reflow")
+        Trainer(max_steps=1000).fit(reflow, ReflowPairs("pairs", teacher="1-flow", conditions=10, count=4000))
+        images = reflow.sample(torch.arange(10), steps=1)
+    """
+
+    paper: ClassVar[Paper] = Paper(
+        slug="instaflow",
+        title="InstaFlow: One Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation",
+        authors=("Liu, Xingchao", "Zhang, Xiwen", "Ma, Jianzhu", "Peng, Jian", "Liu, Qiang"),
+        year=2024,
+        arxiv="2309.06380",
+        venue="ICLR",
+    )
+
+    def __init__(
+        self,
+        model: str | nn.Module | Any,
+        stage: Literal["flow", "reflow", "distill"] = "reflow",
+        teacher: str | nn.Module | Any | None = None,
+        convention: str | TimeConvention | None = None,
+        steps: int = 1,
+        eps: float | None = None,
+        distance: str | Callable[[Tensor, Tensor], Tensor] = "l2",
+        reduction: Literal["mean", "half_sum"] = "mean",
+        online_steps: int | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("stage", stage, STAGES)
+        check_integer("steps", steps, 1)
+        check_integer("seed", seed, 0)
+        check_number("guidance", guidance, 0, float("inf"), closed="[)")
+        check_choice("reduction", reduction, ("mean", "half_sum"))
+        self.eps = (0.0 if stage == "distill" else 1e-3) if eps is None else eps
+        check_times("uniform", self.eps)
+        if online_steps is not None:
+            check_integer("online_steps", online_steps, 1)
+            check(stage == "reflow", "online_steps", online_steps, f"None in stage {stage}")
+        check(teacher is None or online_steps is not None, "teacher", type(teacher).__name__,
+              "None without online_steps", "Pairs are made by ReflowPairs(teacher=...).")  # fmt: skip
+        check_distance(distance, stage, steps)
+        self.source = FlowSource(model, convention)
+        check(isinstance(self.source.network, nn.Module), "model", type(model).__name__, "a torch.nn.Module to train")
+        self.model = copy.deepcopy(self.source.network).train().requires_grad_(True)
+        self.teacher_source = FlowSource(teacher) if teacher is not None else self.source
+        self.teacher = Frozen(self.teacher_source.network) if online_steps is not None else None
+        self.stage, self.steps, self.distance, self.reduction = stage, steps, distance, reduction
+        self.online_steps, self.guidance, self.seed = online_steps, guidance, seed
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self._perceptual = None if distance == "l2" else Frozen(PerceptualDistance(self.source, distance))
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x0, x1, condition = self._triplet(batch, batch_idx)
+        loss = self._loss(x0, x1, condition, self._times(len(x1), self._stream(batch_idx, 0)))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x1))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        # the same draws in every epoch, so that losses compare; -1 is no training epoch
+        x0, x1, condition = self._triplet(batch, batch_idx, epoch=-1)
+        loss = self._loss(x0, x1, condition, self._times(len(x1), self._stream(batch_idx, 0, epoch=-1)))
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(x1))
+        if batch_idx == 0 and self.stage != "distill":
+            velocity = guided_velocity(self.denoiser, condition, None, 1.0)
+            value = straightness(velocity, x0, STRAIGHTNESS_STEPS)
+            self.log("instaflow/straightness", value, sync_dist=True, batch_size=len(x1))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Images of a batch's conditions (and noise, where the batch carries it)."""
+        x0, _, condition = self._triplet(batch, batch_idx, epoch=-1)
+        return self.source.decode(euler(guided_velocity(self.denoiser, condition, None, 1.0), x0, self.steps))
+
+    def configure_optimizers(self) -> Any:
+        return optimizer_and_scheduler(self, self.optimizer, self.scheduler)
+
+    @property
+    def denoiser(self) -> Callable[[Tensor, Tensor, Condition], Tensor]:
+        """The student as ``v(x, t, condition)``, noise at t = 0."""
+        return self.source.convention.denoiser(self.model)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
+        """The velocity ``[B, ...]`` at times ``[B]`` in [0, 1], noise at 0."""
+        return self.denoiser(x, t, condition)
+
+    def _loss(self, x0: Tensor, x1: Tensor, condition: Condition, t: Tensor) -> Tensor:
+        velocity = guided_velocity(self.denoiser, condition, None, 1.0)
+        if self._perceptual is None:
+            return rectified_flow_loss(velocity, x0, x1, t, self.reduction)
+        return self._perceptual.on(x1)(wide(x0) + velocity(x0, t), x1)
+
+    def _times(self, count: int, stream: torch.Generator) -> Tensor:
+        schedule = self.steps if self.stage == "distill" else "uniform"
+        uniform = torch.rand(count * world_size(), generator=stream, device=stream.device)
+        return time_points(uniform[rank() :: world_size()], schedule, self.eps)
+
+    def _stream(self, batch_idx: int, purpose: int, epoch: int | None = None) -> torch.Generator:
+        """Times (purpose 0) or noise (1) of one batch: a function of (seed, epoch, batch), so a resumed run goes on
+        with the same numbers, on the device, so nothing is copied."""
+        epoch = self.current_epoch if epoch is None else epoch
+        entropy = np.random.SeedSequence([self.seed, epoch + 1, batch_idx, purpose])
+        return generator(int(entropy.generate_state(1)[0]), self.device)
+
+    def _noise(self, shape: Sequence[int], batch_idx: int, epoch: int | None) -> Tensor:
+        stream, world = self._stream(batch_idx, 1, epoch), world_size()
+        everyone = torch.randn(shape[0] * world, *shape[1:], generator=stream, device=stream.device)
+        return everyone[rank() :: world]  # examples r, r + W, ...: the batch of a single process
+
+    def _triplet(self, batch: Any, batch_idx: int, epoch: int | None = None) -> tuple[Tensor, Tensor, Condition]:
+        """Noise, end point and condition of a batch of this stage."""
+        if isinstance(batch, Mapping) and "x0" in batch and "x1" in batch:
+            return batch["x0"], batch["x1"], self._condition(batch, batch.get("condition"))
+        if isinstance(batch, (tuple, list)) and len(batch) == 3 and self.stage != "flow":
+            return batch[0], batch[1], batch[2]
+        check(self.stage == "flow" or self.online_steps is not None, "batch", type(batch).__name__,
+              f"x0, x1 and condition in stage {self.stage}", "Make pairs with ReflowPairs.")  # fmt: skip
+        images, labels, _ = unpack(batch)
+        x1 = self.source.latents(images, self._stream(batch_idx, 2, epoch))
+        x0 = self._noise(x1.shape, batch_idx, epoch).to(x1.dtype)
+        condition = self._condition(batch, labels)
+        if self.online_steps is not None:
+            x1 = self._from_teacher(x0, condition)
+        return x0, x1, condition
+
+    def _condition(self, batch: Any, otherwise: Any) -> Condition:
+        prompts = batch.get("prompt") if isinstance(batch, Mapping) else None
+        if prompts is not None:
+            return self.source.encode(prompts, self.device)
+        return self.source.accepted(otherwise)
+
+    @torch.no_grad()
+    def _from_teacher(self, x0: Tensor, condition: Condition) -> Tensor:
+        null = None
+        if self.guidance > 1:
+            null = self.source.encode([""] * len(x0), self.device)
+        network = self.teacher.on(x0)
+        velocity = guided_velocity(self.teacher_source.convention.denoiser(network), condition, null, self.guidance)
+        return euler(velocity, x0, self.online_steps)
+
+    # --- sampling, saving ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Sequence[str] | Condition = None,
+        noise: Tensor | None = None,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+        strict: bool = False,
+    ) -> Tensor:
+        """Images ``[B, C, H, W]``: ``steps`` calls of the network on B rows (2 B with guidance > 1), then the decoder.
+
+        Args:
+            condition: prompts ``[B]``, labels ``[B]``, embeddings or a dict; ``None`` for an unconditional network.
+            noise: x0 ``[B, ...]``; drawn from ``seed`` by default (one image without a condition).
+            steps: N; ``None``: the module's.
+            guidance: alpha, at most 1 for a one-step net, up to 2 for a reflowed one.
+            seed: of the noise, on the CPU: the same on every machine.
+            strict: raise, not warn, when a distilled net is sampled with another number of steps than its own.
+        """
+        steps = self.steps if steps is None else steps
+        if self.stage == "distill" and steps != self.steps:
+            text = f"steps={steps}: this network was distilled for steps={self.steps} and is valid there only."
+            if strict:
+                raise ConfigurationError(text)
+            warnings.warn(text, stacklevel=2)
+        if noise is None:
+            check(self.source.shape is not None, "noise", None, "a tensor [B, ...]: the network has no sample_size")
+            first = next(iter(condition.values())) if isinstance(condition, dict) else condition
+            shape = (1 if first is None else len(first), *self.source.shape)
+            noise = torch.randn(shape, generator=generator(seed)).to(self.device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            x1 = self.source.solve(noise, condition, steps, guidance, self.model)
+        finally:
+            self.model.train(training)
+        return self.source.decode(x1)
+
+    def record(self) -> dict[str, Any]:
+        """Which flow this is: what goes into checkpoints and beside saved weights."""
+        before = self.source.record.get("k", 1)
+        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        return {
+            "stage": self.stage,
+            "k": {"flow": 1, "reflow": before + 1, "distill": before}[self.stage],
+            "num_steps": self.steps,
+            "guidance": getattr(data, "guidance", self.guidance),
+            "convention": self.source.convention.as_list(),
+        }
+
+    def save_pretrained(self, folder: str) -> None:
+        """The pipeline (or network) with the student in it, as stock diffusers loads it, and ``reflow.json``."""
+        self.source.save(folder, self.model, self.record())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.setdefault("effdl", {})["instaflow"] = self.record()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("effdl", {}).get("instaflow", {}).get("stage", self.stage)
+        check(saved == self.stage, "stage", self.stage, f"{saved!r}, the stage of the checkpoint",
+              "To start a stage from the one before, pass its saved model as model=.")  # fmt: skip
+
+    @classmethod
+    def contract_example(cls) -> ContractExample:
+        from effdl.tasks.tiny import tiny_unet
+
+        return ContractExample(
+            kwargs={"model": tiny_unet(8, 1, num_classes=3), "stage": "reflow"},
+            bad={
+                "model": 3, "stage": "rectify", "teacher": torch.nn.Identity(), "convention": "sd", "steps": 0,
+                "eps": [0.1, -0.1], "distance": ["l1", "lpips"], "reduction": "sum", "online_steps": 0,
+                "guidance": -1.0, "seed": -1, "optimizer": ContractExample.ANY, "scheduler": ContractExample.ANY,
+            },
+            data=_example_pairs,
+            example_input=lambda module: (torch.randn(2, 1, 8, 8), torch.tensor([1000.0, 500.0]), torch.tensor([0, 2])),
+        )  # fmt: skip
+
+
+def _example_pairs() -> Any:
+    from effdl.data.loading import ResumableLoader
+
+    draw = generator(0)
+    rows = [torch.randn(32, 1, 8, 8, generator=draw) for _ in range(2)]
+    table = torch.utils.data.TensorDataset(*rows, torch.arange(32) % 3)
+    return ResumableLoader(table, batch_size=4, shuffle=True)
