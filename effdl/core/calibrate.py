@@ -56,7 +56,10 @@ def _in_order(loader: Any) -> Iterator[Any]:
     ):
         yield from loader
         return
-    size = loader.batch_size or 1
+    if loader.batch_sampler is None:  # batch_size=None: an example of the data set is a batch
+        yield from (loader.collate_fn(loader.dataset[i]) for i in range(len(loader.dataset)))
+        return
+    size = getattr(loader.batch_sampler, "batch_size", None) or 1
     for start in range(0, len(loader.dataset), size):
         indices = range(start, min(start + size, len(loader.dataset)))
         if hasattr(loader.dataset, "__getitems__"):
