@@ -180,6 +180,8 @@ class SAMCallback(MethodCallback):
                 "sync_perturbation": "yes",
                 "same_randomness": None,
             },
+            second={"rho": 0.1},
+            ddp_equals_single=False,  # each rank perturbs by its own gradient
         )
 
 

@@ -175,6 +175,7 @@ class SharpnessCallback(MethodCallback):
                 "max_iterations": 0,
                 "loss": ["cross_entropy", lambda module, batch: 1.0],
             },
+            second={"trace_samples": 0},
         )
 
 
