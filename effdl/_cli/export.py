@@ -12,7 +12,7 @@ from rich.console import Console
 from effdl._cli import recipe
 from effdl._cli.dry_run import NOTHING_WRITTEN
 from effdl._cli.engine import LAST, RecipeCLI
-from effdl._cli.run import Watch, quiet
+from effdl._cli.run import Watch, preprocessing, quiet
 from effdl.core.errors import ConfigurationError, check_choice
 from effdl.core.export import export_onnx, export_program, onnx_outputs, product, save_model
 
@@ -41,12 +41,12 @@ def export(checkpoint: str, formats: list[str], output: str | None, config: str 
     if not path.is_file():
         raise ConfigurationError(f"{path} is not a checkpoint: give a .ckpt file or a run folder with {LAST}.")
     (stage,) = recipe.stages_of(recipe.read(_config(path, config)), [])
-    module, watch = load(stage, path)
+    cli, watch = load(stage, path)
     folder = Path(output) if output else path.parent / "export"
     console, written = Console(), []
-    network = product(module)
+    network = product(cli.model)
     if "model" in formats:
-        kind = save_model(module, folder / "model")
+        kind = save_model(cli.model, folder / "model", preprocessing(cli.datamodule, watch.inputs))
         written.append(folder / "model")
         console.print(f"{folder / 'model'}: {_how(kind, folder / 'model')}")
     if {"program", "onnx"} & set(formats) and watch.inputs is None:
@@ -60,9 +60,8 @@ def export(checkpoint: str, formats: list[str], output: str | None, config: str 
     return written
 
 
-def load(stage: recipe.Stage, checkpoint: Path) -> tuple[Any, Watch]:
-    """The module with its callbacks attached and the checkpoint's weights, and what its network was called with."""
-    # the whole of the weights comes from the checkpoint: nothing is fetched to be overwritten
+def load(stage: recipe.Stage, checkpoint: Path) -> tuple[RecipeCLI, Watch]:
+    """A run set up with the checkpoint's weights in its module, and what the network was called with."""
     cli = RecipeCLI(stage, folder=None, trainer={**NOTHING_WRITTEN, "limit_val_batches": None})
     watch = Watch()
     cli.trainer.callbacks.insert(0, watch)
@@ -75,7 +74,8 @@ def load(stage: recipe.Stage, checkpoint: Path) -> tuple[Any, Watch]:
         if "load" not in str(error):
             raise
         raise ConfigurationError(f"{checkpoint} does not fit the model of its config: {error}") from error
-    return cli.model.cpu(), watch
+    cli.model.cpu()
+    return cli, watch
 
 
 def _config(checkpoint: Path, given: str | None) -> Path:

@@ -26,7 +26,15 @@ from effdl._cli import recipe
 from effdl._cli.engine import LAST, RecipeCLI, participants
 from effdl.core.errors import ConfigurationError
 from effdl.core.export import product, save_model
-from effdl.core.report import draw_curves, environment, first_example, measure, print_report, read_metrics, write_report
+from effdl.core.report import (
+    ForwardProbe,
+    draw_curves,
+    environment,
+    measure,
+    print_report,
+    read_metrics,
+    write_report,
+)
 
 RUNS = Path("runs")
 _FOLDER_VARIABLE = "EFFDL_RUN_FOLDER"
@@ -37,6 +45,7 @@ _NO_NEWS = (
     ".*callbacks used to create the checkpoint need to be provided.*",
     r"(?s).*deprecated in v4\.49.*",  # LightningCLI's calls of jsonargparse
     "(?s).*JsonargparseDeprecationWarning.*",
+    ".*LeafSpec.*",
 )
 console = Console()
 
@@ -126,7 +135,7 @@ def execute(stage: recipe.Stage, slug: str, folder: Path, checkpoint: Path | Non
 
 def finish(cli: RecipeCLI, watch: Watch, folder: Path) -> dict[str, Any]:
     """Model folder, methods' reports and figures; the measurements of the finished model."""
-    kind = save_model(cli.model, folder / "model")
+    kind = save_model(cli.model, folder / "model", preprocessing(cli.datamodule, watch.inputs))
     methods: dict[str, Any] = {}
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
@@ -156,6 +165,20 @@ def finish(cli: RecipeCLI, watch: Watch, folder: Path) -> dict[str, Any]:
     }
 
 
+def preprocessing(data: Any, inputs: tuple[tuple, dict[str, Any]] | None) -> dict[str, Any]:
+    """What timm should know of the images: their size, and the normalisation where the data module tells it."""
+    image = inputs[0][0] if inputs and inputs[0] else None
+    if not isinstance(image, torch.Tensor) or image.dim() != 4:
+        return {}
+    known = {}
+    for name in ("mean", "std"):
+        value = getattr(data, name, None)
+        value = (value,) if isinstance(value, (int, float)) else value
+        if isinstance(value, (tuple, list)) and len(value) in (1, image.shape[1]):
+            known[name] = tuple(map(float, value))
+    return {"input_size": tuple(image.shape[1:]), **known}
+
+
 def measure_finished(cli: RecipeCLI, watch: Watch) -> dict[str, Any]:
     """``core.report.measure`` of the finished network, on the device that trained it."""
     network, device = product(cli.model), cli.trainer.strategy.root_device
@@ -182,33 +205,22 @@ class Watch(Callback):
     """Remembers one example of what the network was called with, for latency and export."""
 
     def __init__(self) -> None:
-        self.inputs: tuple[tuple, dict[str, Any]] | None = None
-        self._handle: Any = None
+        self.probe: ForwardProbe | None = None
+
+    @property
+    def inputs(self) -> tuple[tuple, dict[str, Any]] | None:
+        return self.probe.inputs if self.probe else None
 
     def _listen(self, trainer: Any, pl_module: Any) -> None:
-        def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            self.inputs = detached(first_example((args, kwargs)))
-            self._stop()
-
-        if self.inputs is None and self._handle is None:
-            self._handle = product(pl_module).register_forward_pre_hook(hook, with_kwargs=True)
+        self.probe = self.probe or ForwardProbe(product(pl_module))
 
     on_fit_start = on_validation_start = on_test_start = _listen
 
     def _stop(self, *args: Any, **kwargs: Any) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        if self.probe is not None:
+            self.probe.remove()
 
     on_train_end = teardown = on_exception = _stop
-
-
-def detached(value: Any) -> Any:
-    """A copy of nested inputs that no graph and no later step can change."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: detached(item) for key, item in value.items()}
-    return type(value)(map(detached, value)) if isinstance(value, (tuple, list)) else value
 
 
 def claim(parent: Path) -> Path:

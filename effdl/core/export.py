@@ -71,8 +71,14 @@ def is_timm(model: nn.Module) -> bool:
     return timm.is_model(config["architecture"])
 
 
-def save_timm(model: nn.Module, folder: Path) -> Path:
+def save_timm(model: nn.Module, folder: Path, preprocessing: Mapping[str, Any] | None = None) -> Path:
     """A folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens.
+
+    Args:
+        model: a network of timm's, on any device.
+        folder: made where it is missing.
+        preprocessing: what the network was trained on, for ``timm.data``: ``mean`` and ``std`` (one number or one per
+            channel, of pixels in [0, 1]), ``input_size`` (C, H, W).
 
     Raises:
         ConfigurationError: timm would build another architecture than this one (layers were replaced).
@@ -81,7 +87,7 @@ def save_timm(model: nn.Module, folder: Path) -> Path:
     from timm.models._hub import save_config_for_hf  # save_for_hf cannot write channels-last weights
 
     save_safetensors(model, folder / WEIGHTS)
-    save_config_for_hf(model, str(folder / "config.json"))
+    save_config_for_hf(model, str(folder / "config.json"), data_config=dict(preprocessing or {}))
     with torch.device("meta"):
         reopened = timm.create_model(f"local-dir:{folder}")
     if _architecture(reopened) != _architecture(model):
@@ -96,11 +102,11 @@ def _architecture(model: nn.Module) -> list[Any]:
     return [*layers, *[(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]]
 
 
-def save_model(module: nn.Module, folder: Path) -> str:
+def save_model(module: nn.Module, folder: Path, preprocessing: Mapping[str, Any] | None = None) -> str:
     """Write the finished model of a LightningModule (or a network) into ``folder``.
 
     The first that applies: the module's own ``save_pretrained`` (a diffusers pipeline), its network's (transformers,
-    diffusers), timm's folder, else ``model.safetensors`` alone.
+    diffusers), timm's folder, else ``model.safetensors`` alone. ``preprocessing`` is :func:`save_timm`'s.
 
     Returns:
         ``"pretrained"``, ``"timm"`` or ``"safetensors"``: what was written.
@@ -113,7 +119,7 @@ def save_model(module: nn.Module, folder: Path) -> str:
             return "pretrained"
     if is_timm(model):
         with contextlib.suppress(ConfigurationError):
-            save_timm(model, folder)
+            save_timm(model, folder, preprocessing)
             return "timm"
     save_safetensors(model, folder / WEIGHTS)
     return "safetensors"

@@ -1,6 +1,7 @@
 """What a run tells: measurements of a model, ``report.json``, the final table and the curves over training.
 
-A method takes part by duck typing; each of the three is optional, on its callback or LightningModule:
+A method takes part by duck typing; each of the three is optional, on its callback or LightningModule. ``report`` and
+``figures`` are called on rank 0 alone once training is over: no collectives there.
 
 ``report() -> dict``
     What the method has to say, put into ``report.json`` under its slug. These keys are understood, all optional:
@@ -128,8 +129,19 @@ def measure(model: nn.Module, args: tuple | None = None, kwargs: Mapping[str, An
     return numbers
 
 
+def detached(value: Any) -> Any:
+    """A copy of nested inputs that no graph and no later step can change."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: detached(item) for key, item in value.items()}
+    return type(value)(map(detached, value)) if isinstance(value, (tuple, list)) else value
+
+
 class ForwardProbe:
-    """Measures a network inside somebody else's training, with the arguments that its next real forward gets.
+    """Remembers one example of what a network is called with next, inside somebody else's training.
+
+    ``inputs`` is ``(args, kwargs)``, cut to one example and copied; ``None`` until a forward was seen.
 
     Example::
 
@@ -139,17 +151,21 @@ class ForwardProbe:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._seen: tuple[tuple, dict[str, Any]] | None = None
+        self.inputs: tuple[tuple, dict[str, Any]] | None = None
         self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, _model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._seen = (args, kwargs)
+        self.inputs = detached(first_example((args, kwargs)))
+        self.remove()
+
+    def remove(self) -> None:
+        """Stop listening; called again it does nothing."""
         self._handle.remove()
 
     def measure(self) -> dict[str, Any]:
         """:func:`measure`, without latency where no forward was seen. Ends the probe."""
-        self._handle.remove()
-        return measure(self.model, *(self._seen or ()))
+        self.remove()
+        return measure(self.model, *(self.inputs or ()))
 
 
 def environment() -> dict[str, Any]:

@@ -57,11 +57,14 @@ def test_safetensors_of_tied_and_channels_last_weights(tmp_path):
 
 def test_timm_folder_opens_in_plain_timm(tmp_path):
     model = small_timm().to(memory_format=torch.channels_last).eval()
-    assert export.save_model(Holder(model), tmp_path) == "timm"
+    kind = export.save_model(Holder(model), tmp_path, {"mean": 0.3, "std": 0.5, "input_size": (1, 32, 32)})
+    assert kind == "timm"
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(again(x), model(x))
     assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+    config = timm.data.resolve_model_data_config(again)
+    assert [tuple(config[key]) for key in ("input_size", "mean", "std")] == [(1, 32, 32), (0.3,), (0.5,)]
 
 
 @pytest.mark.parametrize("replace", [nn.GELU, nn.Identity])
