@@ -171,9 +171,10 @@ class DiffusionModule(LightningModule):
     def _step(self, batch: Any, stage: str, seed: list[int]) -> Tensor:
         inputs = unpack(batch).inputs
         outputs = self.denoise(batch, _generator(seed, inputs.device))
-        loss = self.compute_loss(outputs, batch)
+        train = stage == "train"
+        loss = self.compute_loss(outputs, batch) if train else DiffusionModule.compute_loss(self, outputs, batch)
         bar, size = stage != "test", len(inputs)
-        self.log(f"{stage}/loss", loss, prog_bar=bar, on_step=stage == "train", on_epoch=True, batch_size=size)
+        self.log(f"{stage}/loss", loss, prog_bar=bar, on_step=train, on_epoch=True, batch_size=size)
         return loss
 
     def condition(self, batch: Any) -> dict[str, Tensor]:
