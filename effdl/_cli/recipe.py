@@ -33,7 +33,7 @@ from effdl.core.errors import ConfigurationError, suggest
 
 Config = dict[str, Any]
 PARTS = ("model", "data", "method")
-LINKED = ("num_classes", "num_examples")
+LINKED = ("num_classes", "num_examples", "vocab_size")
 _REFERENCE = re.compile(r"\$\{stage\.([\w-]+)\.(model|checkpoint|folder)\}")
 
 
