@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
+
+from effdl.core import distributed
 
 
 class EpochSampler(DistributedSampler):
@@ -49,9 +50,7 @@ class EpochSampler(DistributedSampler):
 
     def shard(self) -> tuple[int, int]:
         """``(W, r)``."""
-        if self._given or not (distributed.is_available() and distributed.is_initialized()):
-            return self.num_replicas, self.rank
-        return distributed.get_world_size(), distributed.get_rank()
+        return (self.num_replicas, self.rank) if self._given else (distributed.world_size(), distributed.rank())
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.shard()[0])
