@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from effdl.callbacks._base import MethodCallback
+from effdl.callbacks._mask_report import columns, pruning_report
 from effdl.compression.gradual_pruning import (
     Granularity,
     SparsitySchedule,
@@ -17,9 +18,7 @@ from effdl.compression.gradual_pruning import (
     divisible,
     magnitude_masks,
     named,
-    storage_bits,
 )
-from effdl.core.batch import unpack
 from effdl.core.checkpoint import fold_checkpoints
 from effdl.core.contract import ContractExample
 from effdl.core.distributed import check_equal_on_ranks
@@ -27,12 +26,12 @@ from effdl.core.errors import ConfigurationError, check, check_choice, check_int
 from effdl.core.export import product
 from effdl.core.masks import MaskStore
 from effdl.core.paper import Paper
-from effdl.core.report import ForwardProbe
+from effdl.core.report import ForwardProbe, measure
 from effdl.core.reweight import reweight
 from effdl.core.schedules import Point, check_point, resolve_point
 from effdl.core.select import Targets, Weight, check_targets, select_weights
 from effdl.core.steps import Handle, after_optimizer_step, wrap
-from effdl.core.surgery import count_parameters, when_built
+from effdl.core.surgery import when_built
 
 
 class PruningCallback(MethodCallback):
@@ -247,16 +246,14 @@ class PruningCallback(MethodCallback):
     # ---- logging and validation --------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        model = product(pl_module)
+        if self._probe is None and model is not pl_module:
+            self._probe = ForwardProbe(model)
+            self.keep(self._probe)
         # once, where the ramp starts and every weight still lives: what the finished model is compared with
-        ramp, model = self.schedule, product(pl_module)
+        ramp = self.schedule
         if self.step == ramp.begin and ramp.initial == 0 and "parameters" not in self.dense:
-            self._probe = ForwardProbe(model) if model is not pl_module else None
-            self.dense["parameters"] = count_parameters(model)
-
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
-        if self._probe is not None:
-            self.dense |= self._probe.measure()
-            self._probe = None
+            self.dense |= measure(model)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if self._unlogged:
@@ -266,8 +263,8 @@ class PruningCallback(MethodCallback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         ramp = self.schedule
         if ramp is not None and not trainer.sanity_checking and self.step <= ramp.begin and ramp.initial == 0:
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(self.slug)}
-            self.dense["metrics"] = metrics
+            seen = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(self.slug)}
+            self.dense["metrics"] = {k: v for k, v in seen.items() if "val" in k} or seen
 
     def _then_remask(self, call_next: Callable, *args: Any) -> None:
         call_next(*args)
@@ -310,26 +307,14 @@ class PruningCallback(MethodCallback):
         return list(self.store.weights) if self.store else []
 
     def report(self) -> dict[str, Any]:
-        """Counted sparsity per weight and in all, the paper's storage accounting, the dense numbers at ``start``.
+        """Counted sparsity per weight and in all, the paper's storage accounting, dense numbers at ``start``, latency.
 
         Raises:
             ConfigurationError: before any fit.
         """
         if self.store is None:
             raise ConfigurationError("report() needs a fit: nothing was pruned yet.")
-        layers = self.store.report()
-        total, alive = (sum(row[key] for row in layers.values()) for key in ("numel", "nonzero"))
-        stored = storage_bits(total, alive)
-        return {
-            "steps": self.step,
-            "sparsity": 1 - alive / total,
-            "selected_dense_bytes": stored["dense"] // 8,
-            "selected_bitmask_bytes": stored["bitmask"] // 8,
-            "selected_csr5_bytes": stored["csr5"] // 8,
-            "layers": layers,
-            **({"before": {"name": "dense", **self.dense}} if self.dense else {}),
-            "after": {"name": "pruned"},
-        }
+        return {"steps": self.step, **pruning_report(self.store), **columns(self.dense, self._probe)}
 
     @classmethod
     def contract_example(cls) -> ContractExample:

@@ -43,6 +43,7 @@ import torch
 from rich.console import Console, Group
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 PACKAGES = ("effdl", "torch", "torchvision", "lightning", "timm", "diffusers", "transformers", "datasets")
 _TITLES = {
@@ -71,26 +72,10 @@ def compressed_bytes(model: nn.Module, level: int = 6) -> int:
     return len(gzip.compress(save(plain_state(model)), compresslevel=level, mtime=0))
 
 
-def first_example(inputs: Any, batch_size: int | None = None) -> Any:
+def first_example(inputs: Any) -> Any:
     """The first example of nested inputs: every tensor whose first dimension is the batch is cut to length 1."""
-    if isinstance(inputs, Tensor):
-        if batch_size is None or (inputs.dim() and inputs.shape[0] == batch_size):
-            return inputs[:1]
-        return inputs
-    size = batch_size or next((leaf.shape[0] for leaf in _tensors(inputs) if leaf.dim()), None)
-    if isinstance(inputs, Mapping):
-        return {key: first_example(value, size) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(first_example(value, size) for value in inputs)
-    return inputs
-
-
-def _tensors(inputs: Any) -> Iterable[Tensor]:
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif isinstance(inputs, (Mapping, tuple, list)):
-        for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
-            yield from _tensors(value)
+    size = next((leaf.shape[0] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    return tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else x, inputs)
 
 
 def latency_ms(
@@ -100,24 +85,33 @@ def latency_ms(
 
     Training flags are put back; the inputs are taken as they are, on the model's device.
     """
+    return latencies_ms([model], args, kwargs, seconds)[0]
+
+
+def latencies_ms(
+    models: list[nn.Module], args: tuple = (), kwargs: Mapping[str, Any] | None = None, seconds: float = 1.0
+) -> list[float]:
+    """:func:`latency_ms` of several models, their passes interleaved: a busy machine is busy for all of them."""
     kwargs = dict(kwargs or {})
-    flags = [(module, module.training) for module in model.modules()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    times: list[float] = []
-    model.eval()
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
+    times: list[list[float]] = [[] for _ in models]
     try:
+        for model in models:
+            model.eval()
         with torch.inference_mode():
             start = time.perf_counter()
-            while len(times) < 6 or (time.perf_counter() - start < seconds and len(times) < 101):
-                begin = time.perf_counter()
-                model(*args, **kwargs)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                times.append(time.perf_counter() - begin)
+            while len(times[0]) < 6 or (time.perf_counter() - start < seconds and len(times[0]) < 101):
+                for model, own in zip(models, times):
+                    begin = time.perf_counter()
+                    model(*args, **kwargs)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+                    own.append(time.perf_counter() - begin)
     finally:
         for module, training in flags:
             module.training = training
-    return 1000 * statistics.median(times[1:])
+    return [1000 * statistics.median(own[1:]) for own in times]
 
 
 def measure(model: nn.Module, args: tuple | None = None, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -129,15 +123,6 @@ def measure(model: nn.Module, args: tuple | None = None, kwargs: Mapping[str, An
     return numbers
 
 
-def detached(value: Any) -> Any:
-    """A copy of nested inputs that no graph and no later step can change."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: detached(item) for key, item in value.items()}
-    return type(value)(map(detached, value)) if isinstance(value, (tuple, list)) else value
-
-
 class ForwardProbe:
     """Remembers one example of what a network is called with next, inside somebody else's training.
 
@@ -145,8 +130,8 @@ class ForwardProbe:
 
     Example::
 
-        probe = ForwardProbe(network)       # before the step
-        numbers = probe.measure()           # after its forward, before its backward
+        probe = ForwardProbe(network)                        # before somebody else's forward
+        numbers = measure(network, *(probe.inputs or ()))    # after it
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -155,17 +140,14 @@ class ForwardProbe:
         self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, _model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.inputs = detached(first_example((args, kwargs)))
+        # copies, which no graph and no later step can change
+        cut = first_example((args, kwargs))
+        self.inputs = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, cut)
         self.remove()
 
     def remove(self) -> None:
         """Stop listening; called again it does nothing."""
         self._handle.remove()
-
-    def measure(self) -> dict[str, Any]:
-        """:func:`measure`, without latency where no forward was seen. Ends the probe."""
-        self.remove()
-        return measure(self.model, *(self.inputs or ()))
 
 
 def environment() -> dict[str, Any]:
@@ -229,14 +211,20 @@ def comparison_table(before: Mapping[str, Any] | None, after: Mapping[str, Any])
     table = Table("", title_justify="left")
     for column in columns:
         table.add_column(str(column.get("name", "")), justify="right")
-    shown = columns[0].get("metrics") or after.get("metrics", {})
-    metrics = dict.fromkeys([*shown, *after.get("metrics", {})])
-    for name in metrics:
+    # beside another column only what both have: a row is there to be compared
+    for name in columns[0].get("metrics") or after.get("metrics", {}):
         table.add_row(name, *[human(name, plain(column.get("metrics", {}).get(name))) for column in columns])
     for key, title in _TITLES.items():
         if any(key in column for column in columns):
             table.add_row(title, *[human(key, column.get(key)) for column in columns])
     return table
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Validation before the rest, training last; of ``loss``, ``loss_step`` and ``loss_epoch`` one."""
+    known = dict.fromkeys(names)
+    kept = [n for n in known if not n.endswith("_step") and not (n.endswith("_epoch") and n[:-6] in known)]
+    return sorted(kept, key=lambda name: (name.startswith("train"), not name.startswith(("val", "test"))))
 
 
 def layer_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
