@@ -1,8 +1,7 @@
 """polycom: polynomial compositions of ReLU and of normalised powers as activations (ICLR 2025, arXiv 2411.03884).
 
-Plain torch: the two activations as functions and as layers, and :func:`ungate`, which rebuilds a gated MLP without
-its gate at equal parameters. Symbols: ``r`` order, ``a_p`` coefficient of the p-th power, ``a_0`` bias, ``H`` size of
-the normalised dimension.
+Plain torch: the two activations as functions and as layers (whole models: ``polycom_models``). Symbols: ``r`` order,
+``a_p`` coefficient of the p-th power, ``a_0`` bias, ``H`` size of the normalised dimension.
 
 Example::
 
@@ -15,16 +14,11 @@ Example::
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from effdl.architectures import _polycom_fused as fused
-from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
-
-#: Children (gate, up, down) of the gated MLPs that can be rebuilt without their gate: Llama and its heirs, T5 v1.1.
-GATED_LAYOUTS = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
+from effdl.core.errors import check, check_choice, check_integer, check_number
 
 
 def poly_relu(x: Tensor, weight: Tensor, bias: Tensor, *, checkpoint: bool = True) -> Tensor:
@@ -41,12 +35,20 @@ def poly_relu(x: Tensor, weight: Tensor, bias: Tensor, *, checkpoint: bool = Tru
     """
     _check_tensors(x, weight, bias)
     if checkpoint and _differentiated(x, weight, bias):
-        return fused.FusedPolyReLU.apply(x, weight, bias)
-    return fused.poly_relu(x, weight, bias)
+        return _PolyReLU.apply(x, weight, bias)
+    return _poly_relu(x, weight, bias)
 
 
-def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, norm: str = "rms", dim: int = -1,
-              checkpoint: bool = True) -> Tensor:
+def poly_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-6,
+    norm: str = "rms",
+    dim: int = -1,
+    checkpoint: bool = True,
+) -> Tensor:
     """``y = a_r n(x^r) + ... + a_1 n(x) + a_0``, ``n(v) = v / sqrt(mean_j v_j^2 + eps)`` (type II, eq. 4).
 
     Args:
@@ -68,8 +70,8 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, nor
     _check_norm(eps, norm, dim)
     check(-x.ndim <= dim < x.ndim and x.shape[dim] > 0, "dim", dim, f"a non-empty dimension of x, {list(x.shape)}")
     if checkpoint and _differentiated(x, weight, bias):
-        return fused.FusedPolyNorm.apply(x, weight, bias, eps, norm, dim)[0]
-    return fused.poly_norm(x, weight, bias, eps, norm, dim)[0]
+        return _PolyNorm.apply(x, weight, bias, eps, norm, dim)[0]
+    return _poly_norm(x, weight, bias, eps, norm, dim)[0]
 
 
 class PolyReLU(nn.Module):
@@ -138,8 +140,15 @@ class PolyNorm(nn.Module):
         print(y.square().mean(), act(10 * x).square().mean())   # the scale of x does not matter
     """
 
-    def __init__(self, order: int = 3, eps: float = 1e-6, norm: str = "rms", dim: int = -1, init: str = "third",
-                 checkpoint: bool = True) -> None:
+    def __init__(
+        self,
+        order: int = 3,
+        eps: float = 1e-6,
+        norm: str = "rms",
+        dim: int = -1,
+        init: str = "third",
+        checkpoint: bool = True,
+    ) -> None:
         super().__init__()
         check_integer("order", order, 1, 8, fix="The paper uses 3.")
         check_choice("init", init, ("third", "relu"))
@@ -151,72 +160,29 @@ class PolyNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return poly_norm(x, self.weight, self.bias, eps=self.eps, norm=self.norm, dim=self.dim,
-                         checkpoint=self.checkpoint)
+        return poly_norm(
+            x, self.weight, self.bias, eps=self.eps, norm=self.norm, dim=self.dim, checkpoint=self.checkpoint
+        )
 
     def extra_repr(self) -> str:
         return f"order={self.order}, eps={self.eps}, norm={self.norm!r}, dim={self.dim}"
 
 
-def matched_width(width: int, multiple: int = 8) -> int:
-    """Hidden width at which an MLP without gate has a gated one's parameters: ``3 * width / 2``, rounded."""
-    return max(multiple, round(1.5 * width / multiple) * multiple)
-
-
-def gated_layout(mlp: nn.Module) -> tuple[str, str, str] | None:
-    """The names of ``mlp``'s gate, up- and down-projection, or ``None`` where it is not a gated MLP known here."""
-    children = dict(mlp.named_children())
-    for names in GATED_LAYOUTS:
-        if all(isinstance(children.get(name), nn.Linear) for name in names):
-            return names
-    return None
-
-
-def ungate(mlp: nn.Module, activation: nn.Module, *, match_params: bool = True,
-           generator: torch.Generator | None = None) -> nn.Sequential:
-    """``down(act(up(x)))`` in place of ``down(silu(gate(x)) * up(x))``: a plain ``nn.Sequential`` with the same names.
-
-    Args:
-        mlp: a gated MLP of a known layout, hidden width ``f``; left as it is.
-        activation: the one to put between the projections.
-        match_params: width :func:`matched_width` of ``f``, with new projections drawn from a normal distribution with
-            the old ones' standard deviation (and zero bias); ``False``: width ``f`` and the old up- and
-            down-projections themselves, a third fewer parameters.
-        generator: draws the new projections; CPU. ``None``: a new one with seed 0.
-
-    Raises:
-        ConfigurationError: ``mlp`` has no known layout.
-
-    Example::
-
-        mlp = model.model.layers[0].mlp                  # a LlamaMLP, d = 256, f = 688
-        model.model.layers[0].mlp = ungate(mlp, PolyNorm())
-        print(model.model.layers[0].mlp.up_proj)         # Linear(256 -> 1032): as many parameters as before
-    """
-    names = gated_layout(mlp)
-    if names is None:
-        known = "; ".join("/".join(layout) for layout in GATED_LAYOUTS)
-        raise ConfigurationError(f"mlp={type(mlp).__name__} is not a gated MLP known here (linear layers {known}).")
-    _, up, down = (mlp.get_submodule(name) for name in names)
-    if match_params:
-        generator = generator or torch.Generator().manual_seed(0)
-        width = matched_width(up.out_features)
-        up, down = _redraw(up, up.in_features, width, generator), _redraw(down, width, down.out_features, generator)
-    between = [("dropout", mlp.dropout)] if isinstance(getattr(mlp, "dropout", None), nn.Module) else []
-    act_name = "act" if hasattr(mlp, "act") else "act_fn"
-    activation = activation.to(up.weight.device, up.weight.dtype)
-    return nn.Sequential(OrderedDict([(names[1], up), (act_name, activation), *between, (names[2], down)]))
-
-
-@torch.no_grad()
-def _redraw(linear: nn.Linear, in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
-    """A ``linear`` of another size, weights normal with the old standard deviation."""
-    device, dtype = linear.weight.device, linear.weight.dtype
-    new = nn.utils.skip_init(nn.Linear, in_features, out_features, linear.bias is not None, device=device, dtype=dtype)
-    new.weight.copy_(torch.randn(new.weight.shape, generator=generator)).mul_(linear.weight.std())
-    if new.bias is not None:
-        new.bias.zero_()
-    return new.train(linear.training).requires_grad_(linear.weight.requires_grad)
+def polynomial(
+    kind: str = "polynorm",
+    order: int = 3,
+    eps: float = 1e-6,
+    norm: str = "rms",
+    init: str = "third",
+    dim: int = -1,
+    checkpoint: bool = True,
+) -> PolyReLU | PolyNorm:
+    """A :class:`PolyReLU` (which has no eps, norm, dim) or a :class:`PolyNorm`; all arguments are checked."""
+    check_choice("kind", kind, ("polyrelu", "polynorm"))
+    if kind == "polyrelu":
+        _check_norm(eps, norm, dim)
+        return PolyReLU(order, init, checkpoint)
+    return PolyNorm(order, eps, norm, dim, init, checkpoint)
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -234,3 +200,100 @@ def _check_norm(eps: float, norm: str, dim: int) -> None:
 def _differentiated(*tensors: Tensor) -> bool:
     """Without a backward pass to come, plain operations trace and export more widely than a Function."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Powers lose bf16's digits and overflow fp16: at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _poly_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    h, a = F.relu(_wide(x)), _wide(weight)
+    y = a[0] * h
+    for p in range(1, len(a)):  # Horner's scheme: with a_1 = 1 alone it is relu(x) to the bit, however large x
+        y = (y + a[p]) * h
+    return (y + _wide(bias)[0]).to(x.dtype)
+
+
+def _rstd(power: Tensor, eps: float, norm: str, dim: int) -> Tensor:
+    square = power.square()
+    total = square.mean(dim, keepdim=True) if norm == "rms" else square.sum(dim, keepdim=True)
+    return torch.rsqrt(total + eps)
+
+
+def _poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm: str, dim: int) -> tuple[Tensor, Tensor]:
+    """``(y, rstd)``, ``rstd [r, ...]`` with ``dim`` of size 1: the r norms of a row, first power first."""
+    u, a = _wide(x), _wide(weight).flip(0)
+    y, power, rstd = _wide(bias)[0], u, []
+    for p in range(len(a)):
+        power = power * u if p else u
+        rstd.append(_rstd(power, eps, norm, dim))
+        y = y + a[p] * rstd[p] * power
+    return y.to(x.dtype), torch.stack(rstd)
+
+
+class _PolyReLU(torch.autograd.Function):
+    """Keeps ``x`` alone; the powers are computed again. Can be differentiated twice."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return _poly_relu(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        x, weight = ctx.saved_tensors
+        u, g, a = _wide(x), _wide(grad_y), _wide(weight).flip(0)
+        h, order = F.relu(u), len(a)
+        slope, power, grad_a = a[-1] * order, g, []
+        for p in range(order, 1, -1):
+            slope = slope * h + (p - 1) * a[p - 2]
+        for _ in range(order):
+            power = power * h  # g h^p
+            grad_a.append(power.sum())
+        grad_x = g * slope * (u > 0)
+        return grad_x.to(x.dtype), torch.stack(grad_a).flip(0).to(weight.dtype), g.sum().reshape(1).to(weight.dtype)
+
+
+class _PolyNorm(torch.autograd.Function):
+    """Keeps ``x`` and ``rstd``. With ``n_p = x^p rstd_p``, ``c_p = <g, n_p>`` and ``D = H`` ("rms") or 1 ("l2"):
+
+    ``dx = sum_p a_p p rstd_p x^(p-1) (g - n_p c_p / D)``, ``da_p = sum over rows c_p``, ``da_0 = sum g``.
+    Can be differentiated twice.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm: str, dim: int) -> tuple[Tensor, Tensor]:
+        return _poly_norm(x, weight, bias, eps, norm, dim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, _, *ctx.settings = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, output[1])
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor, _):
+        x, weight, rstds = ctx.saved_tensors
+        eps, norm, dim = ctx.settings
+        u, g, a = _wide(x), _wide(grad_y), _wide(weight).flip(0)
+        size = x.shape[dim] if norm == "rms" else 1
+        grad_x, below, power, grad_a = 0, None, u, []
+        for p in range(1, len(a) + 1):
+            # a second derivative must see how the norm depends on x
+            rstd = _rstd(power, eps, norm, dim) if torch.is_grad_enabled() else rstds[p - 1]
+            n = power * rstd
+            c = (g * n).sum(dim, keepdim=True)
+            grad_a.append(c.sum())
+            term = a[p - 1] * p * rstd * (g - n * (c / size))
+            grad_x = grad_x + (term if below is None else term * below)
+            below, power = power, power * u
+        grad_weight = torch.stack(grad_a).flip(0).to(weight.dtype)
+        return grad_x.to(x.dtype), grad_weight, g.sum().reshape(1).to(weight.dtype), None, None, None

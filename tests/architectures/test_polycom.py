@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from effdl.architectures.polycom import PolyNorm, PolyReLU, matched_width, poly_norm, poly_relu, ungate
+from effdl.architectures.polycom import PolyNorm, PolyReLU, poly_norm, poly_relu
+from effdl.architectures.polycom_models import matched_width, ungate
 from effdl.core.errors import ConfigurationError
 from tests.support import golden
 
