@@ -87,8 +87,9 @@ def _sources(folder: Path | None, package: str) -> Iterator[tuple[str, Path]]:
             yield f"{package}.{path.stem}", path
 
 
-def _family_of(stem: str) -> str:
+def _family_of(slug: str) -> str:
     """The folder under ``effdl/`` that holds a callback's mathematics."""
+    stem = slug.replace("-", "_")
     return next((name for name, folder in families().items() if (folder / f"{stem}.py").is_file()), "general")
 
 
@@ -148,7 +149,7 @@ def _concrete(mixin: str, tree: ast.Module) -> str:
     return ""
 
 
-def _entries_of(module: str, path: Path, family: str) -> Iterator[Entry]:
+def _entries_of(module: str, path: Path, family: str | None) -> Iterator[Entry]:
     tree = _tree(path)
     for node in tree.body:
         if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
@@ -159,11 +160,12 @@ def _entries_of(module: str, path: Path, family: str) -> Iterator[Entry]:
             continue
         exceptions = _assigned(node.body, "contract_exceptions")
         kind = _kind(node.name)
+        slug = paper.slug if paper else path.stem.replace("_", "-")
         yield Entry(
-            slug=paper.slug if paper else path.stem.replace("_", "-"),
+            slug=slug,
             name=node.name,
             kind=kind,
-            family=family,
+            family=family or _family_of(slug),
             module=module,
             summary=(ast.get_docstring(node) or "").partition("\n")[0].strip(),
             paper=paper,
@@ -177,7 +179,7 @@ def entries() -> tuple[Entry, ...]:
     """Every public method class: callbacks before the classes of the families, each in the order of its file."""
     found: list[Entry] = []
     for module, path in _sources(source_folder("effdl.callbacks"), "effdl.callbacks"):
-        found += _entries_of(module, path, _family_of(path.stem))
+        found += _entries_of(module, path, None)
     for family, folder in families().items():
         for module, path in _sources(folder, f"effdl.{family}"):
             found += _entries_of(module, path, family)

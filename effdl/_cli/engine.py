@@ -112,7 +112,9 @@ def with_method(callbacks: list[Any], method: Any) -> list[Any]:
 
 def run_logger(folder: Path) -> CSVLogger:
     """``metrics.csv`` in the run folder itself."""
-    return CSVLogger(save_dir=str(folder.parent), name="", version=folder.name, flush_logs_every_n_steps=20)
+    number = folder.name.removeprefix("version_")
+    version = int(number) if number.isdigit() else folder.name  # a number is what the progress bar shows
+    return CSVLogger(save_dir=str(folder.parent), name="", version=version, flush_logs_every_n_steps=20)
 
 
 def _loggers(value: Any) -> list[Logger]:

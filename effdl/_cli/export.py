@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
+from torch.utils._pytree import tree_leaves, tree_map
 
 from effdl._cli import recipe
 from effdl._cli.dry_run import NOTHING_WRITTEN
@@ -88,15 +89,7 @@ def _config(checkpoint: Path, given: str | None) -> Path:
 
 def _twice(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     """Two examples, so that the batch dimension is seen to be one."""
-
-    def double(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return torch.cat([value, value]).cpu() if value.dim() else value.cpu()
-        if isinstance(value, dict):
-            return {key: double(item) for key, item in value.items()}
-        return type(value)(map(double, value)) if isinstance(value, (tuple, list)) else value
-
-    return double(inputs)
+    return tree_map(lambda x: (torch.cat([x, x]) if x.dim() else x).cpu() if isinstance(x, torch.Tensor) else x, inputs)
 
 
 def _difference(network: torch.nn.Module, path: Path, args: tuple, kwargs: dict[str, Any]) -> str:
@@ -107,7 +100,7 @@ def _difference(network: torch.nn.Module, path: Path, args: tuple, kwargs: dict[
             got: Any = onnx_outputs(path, args)
         else:
             got = torch.export.load(path).module()(*args, **kwargs)
-    pairs = zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(got))
+    pairs = zip(tree_leaves(expected), tree_leaves(got))
     return f"{max((float((a - b).abs().max()) for a, b in pairs), default=0.0):.1e}"
 
 

@@ -58,6 +58,7 @@ def save_safetensors(model: nn.Module, path: Path) -> Path:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(plain_state(model), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # written as a private file
     return path
 
 

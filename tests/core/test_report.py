@@ -83,6 +83,11 @@ def test_final_table_has_both_states():
         assert expected in text
 
 
+def test_metrics_are_ordered_and_named_once():
+    names = ["train/loss", "train/loss_step", "x/s", "train/loss_epoch", "val/acc", "val/l_epoch"]
+    assert report._in_order(names) == ["val/acc", "val/l_epoch", "x/s", "train/loss"]
+
+
 def test_final_table_without_a_method():
     text = printed({"result": {"name": "final", "metrics": {"val/loss": float("nan")}, "latency_ms": 1.234}})
     assert "1.23 ms" in text
