@@ -13,8 +13,10 @@ from effdl.core.errors import ConfigurationError
 
 HOW = """\
 # Plain LightningCLI form of the effdl recipe {slug}. Run it with:
-#   python -c "from lightning.pytorch.cli import LightningCLI; LightningCLI(
-#       subclass_mode_model=True, subclass_mode_data=True, auto_configure_optimizers=False)" fit --config {file}
+#   python train.py fit --config {file}
+# where train.py is
+#   from lightning.pytorch.cli import LightningCLI
+#   LightningCLI(subclass_mode_model=True, subclass_mode_data=True, auto_configure_optimizers=False)
 """
 
 

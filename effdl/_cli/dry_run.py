@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from rich.console import Console
 from rich.table import Table
 
 from effdl._cli import recipe
 from effdl._cli.engine import RecipeCLI, participants
 from effdl._cli.run import RUNS, quiet
+from effdl._cli.terminal import console
 from effdl.core.errors import ConfigurationError
 from effdl.core.export import product
 from effdl.core.report import count_parameters
@@ -83,20 +83,19 @@ def dry_run(name: str, overrides: list[str]) -> None:
         ConfigurationError: whatever would stop the run before its first steps.
     """
     quiet()
-    console = Console()
     slug, path = recipe.locate(name)
     folders: dict[str, Path] = {}
     for stage in recipe.stages_of(recipe.read(path), overrides):
         if waits := [needed for needed in stage.needs() if needed not in folders]:
-            console.print(f"Stage {stage.name}: starts from stage {', '.join(waits)}, which has not run yet.")
+            console().print(f"Stage {stage.name}: starts from stage {', '.join(waits)}, which has not run yet.")
             continue
         stage = stage.resolved(folders)
         folder = RUNS / slug / "stages" / f"{stage.name}-{stage.digest()}"
         if (folder / "report.json").is_file():
             folders[stage.name] = folder
-            console.print(f"Stage {stage.name}: finished before, in {folder}")
+            console().print(f"Stage {stage.name}: finished before, in {folder}")
         else:
-            _print(console, stage, probe(stage))
+            _print(stage, probe(stage))
 
 
 def probe(stage: recipe.Stage) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def probe(stage: recipe.Stage) -> dict[str, Any]:
     return {**probe.found, "parts": parts, "step_seconds": step, "seconds": batch_steps * step}
 
 
-def _print(console: Console, stage: recipe.Stage, found: Mapping[str, Any]) -> None:
+def _print(stage: recipe.Stage, found: Mapping[str, Any]) -> None:
     table = Table(show_header=False, title=f"Stage {stage.name}" if stage.name else None, title_justify="left")
     for name, title in found["parts"].items():
         table.add_row(name, title)
@@ -129,7 +128,7 @@ def _print(console: Console, stage: recipe.Stage, found: Mapping[str, Any]) -> N
     table.add_row("batches per epoch", f"{found['batches']:,}")
     table.add_row("time of a step", f"{1000 * found['step_seconds']:.0f} ms, measured without validation")
     table.add_row("training in all, about", f"{found['seconds'] / 60:.1f} min")
-    console.print(table)
+    console().print(table)
 
 
 def _listed(names: list[str], most: int = 12) -> str:

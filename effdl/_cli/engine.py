@@ -94,7 +94,7 @@ class RecipeCLI(LightningCLI):
         else:
             settings["logger"] = [run_logger(self.folder), *_loggers(settings["logger"])]
             if settings["enable_checkpointing"] is not False and not settings["fast_dev_run"]:
-                _keep_last(settings["callbacks"], self.folder)
+                settings["callbacks"].append(LastCheckpoint(self.folder))
         try:
             return Trainer(**settings)
         except (ValueError, MisconfigurationException) as error:
@@ -124,14 +124,19 @@ def _loggers(value: Any) -> list[Logger]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _keep_last(callbacks: list[Any], folder: Path) -> None:
-    """``last.ckpt`` of every epoch in the run folder, beside whatever checkpoints the user keeps."""
-    ours = ModelCheckpoint(dirpath=str(folder), filename="last", enable_version_counter=False)
-    for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.state_key == ours.state_key:
-            callback.save_last = True
-            return
-    callbacks.append(ours)
+class LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt`` in the run folder after every epoch or validation, and after the last of ``max_steps``.
+
+    A class of its own, so that it stands beside whatever ``ModelCheckpoint`` the user has.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(dirpath=str(folder), filename="last", enable_version_counter=False)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args)
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.save_checkpoint(Path(self.dirpath) / LAST)
 
 
 def participants(cli: RecipeCLI) -> Iterator[Any]:

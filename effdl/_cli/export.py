@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
 from torch.utils._pytree import tree_leaves, tree_map
 
 from effdl._cli import recipe
 from effdl._cli.dry_run import NOTHING_WRITTEN
 from effdl._cli.engine import LAST, RecipeCLI
 from effdl._cli.run import Watch, preprocessing, quiet
+from effdl._cli.terminal import console
 from effdl.core.errors import ConfigurationError, check_choice
 from effdl.core.export import export_onnx, export_program, onnx_outputs, product, save_model
 
@@ -44,12 +44,12 @@ def export(checkpoint: str, formats: list[str], output: str | None, config: str 
     (stage,) = recipe.stages_of(recipe.read(_config(path, config)), [])
     cli, watch = load(stage, path)
     folder = Path(output) if output else path.parent / "export"
-    console, written = Console(), []
+    written = []
     network = product(cli.model)
     if "model" in formats:
         kind = save_model(cli.model, folder / "model", preprocessing(cli.datamodule, watch.inputs))
         written.append(folder / "model")
-        console.print(f"{folder / 'model'}: {_how(kind, folder / 'model')}")
+        console().print(f"{folder / 'model'}: {_how(kind, folder / 'model')}")
     if {"program", "onnx"} & set(formats) and watch.inputs is None:
         raise ConfigurationError(f"{type(network).__name__} was not called in validation: its inputs are not known.")
     for name in (name for name in formats if name != "model"):
@@ -57,7 +57,7 @@ def export(checkpoint: str, formats: list[str], output: str | None, config: str 
         target = folder / ("model.pt2" if name == "program" else "model.onnx")
         (export_program if name == "program" else export_onnx)(network, args, target, kwargs)
         written.append(target)
-        console.print(f"{target}: largest difference to the model {_difference(network, target, args, kwargs)}")
+        console().print(f"{target}: largest difference to the model {_difference(network, target, args, kwargs)}")
     return written
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from rich.console import Console
 
 from effdl._cli import recipe
 from effdl._cli.engine import LAST, RecipeCLI, participants
+from effdl._cli.terminal import console
 from effdl.core.errors import ConfigurationError
 from effdl.core.export import product, save_model
 from effdl.core.report import (
@@ -47,7 +47,6 @@ _NO_NEWS = (
     "(?s).*JsonargparseDeprecationWarning.*",
     ".*LeafSpec.*",
 )
-console = Console()
 
 
 def run(name: str | None, overrides: list[str], resume: str | None) -> Path:
@@ -87,9 +86,9 @@ def _cached(slug: str, stage: recipe.Stage) -> Path:
     """The folder of a finished stage, which is run (or gone on with) where it is not there yet."""
     folder = RUNS / slug / "stages" / f"{stage.name}-{stage.digest()}"
     if (folder / "report.json").is_file():
-        console.print(f"Stage {stage.name}: finished before, in {folder}")
+        console().print(f"Stage {stage.name}: finished before, in {folder}")
         return folder
-    console.print(f"Stage {stage.name}: {folder}")
+    console().print(f"Stage {stage.name}: {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / LAST
     return execute(stage, slug, folder, checkpoint if checkpoint.is_file() else None)
@@ -127,8 +126,8 @@ def execute(stage: recipe.Stage, slug: str, folder: Path, checkpoint: Path | Non
             **report,
         }
         write_report(folder / "report.json", report)
-        print_report(report, console)
-        console.print(f"Run folder: {folder}")
+        print_report(report, console())
+        console().print(f"Run folder: {folder}")
     cli.trainer.strategy.barrier("effdl_finished")
     return folder
 
@@ -266,9 +265,9 @@ def cite(cli: RecipeCLI) -> list[Any]:
     papers = [getattr(part, "paper", None) for part in participants(cli)]
     papers = list(dict.fromkeys(paper for paper in papers if paper is not None))
     if papers and cli.trainer.is_global_zero:
-        console.print("This run uses:")
+        console().print("This run uses:")
         for paper in papers:
-            console.print(paper.bibtex, highlight=False, markup=False)
+            console().print(paper.bibtex, highlight=False, markup=False, soft_wrap=True)
     return papers
 
 

@@ -11,16 +11,11 @@ import re
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from effdl import catalog
 from effdl._cli.recipe import recipe_files
-
-
-def console() -> Console:
-    """As wide as the terminal; a file or a pipe gets whole lines."""
-    return Console(width=None if sys.stdout.isatty() else 200)
+from effdl._cli.terminal import console
 
 
 def list_methods() -> None:

@@ -212,7 +212,7 @@ def comparison_table(before: Mapping[str, Any] | None, after: Mapping[str, Any])
     for column in columns:
         table.add_column(str(column.get("name", "")), justify="right")
     # beside another column only what both have: a row is there to be compared
-    for name in columns[0].get("metrics") or after.get("metrics", {}):
+    for name in _in_order(columns[0].get("metrics") or after.get("metrics", {})):
         table.add_row(name, *[human(name, plain(column.get("metrics", {}).get(name))) for column in columns])
     for key, title in _TITLES.items():
         if any(key in column for column in columns):
@@ -230,9 +230,10 @@ def _in_order(names: Iterable[str]) -> list[str]:
 def layer_table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per layer."""
     names = list(dict.fromkeys(name for row in layers.values() for name in row))
-    table = Table("layer", *names)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table()
+    table.add_column("layer", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
     for layer, row in layers.items():
         table.add_row(layer, *[human(name, plain(row.get(name))) for name in names])
     return table

@@ -110,17 +110,22 @@ def test_method_comes_before_a_weight_average(here, monkeypatch):
     assert names.index("TinyCallback") < names.index("EMAWeightAveraging")
 
 
+def test_a_run_by_steps_ends_with_a_checkpoint(here):
+    assert run("--trainer.max_steps=6", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=0") == 0
+    last = torch.load(here / "runs" / "tiny" / "version_0" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 6
+
+
 def test_own_checkpoints_and_loggers_stand_beside_ours(here):
     assert run(
         "--trainer.max_epochs=1",
         "--trainer.callbacks=ModelCheckpoint",
-        "--trainer.callbacks.monitor=val/accuracy",
         "--trainer.logger=CSVLogger",
         "--trainer.logger.save_dir=own",
     ) == 0  # fmt: skip
     folder = here / "runs" / "tiny" / "version_0"
     assert (folder / "last.ckpt").is_file()
-    assert list((folder / "checkpoints").glob("epoch*.ckpt"))
+    assert list((folder / "checkpoints").glob("epoch=0*.ckpt"))
     assert (here / "own" / "lightning_logs" / "version_0" / "metrics.csv").is_file()
 
 
