@@ -38,7 +38,7 @@ class SmoothGradCAMCallback(MethodCallback):
 
     Pictures go to the loggers that take images (W&B, TensorBoard) as ``smooth-gradcampp/overlay`` and, if there is any
     logger, to ``figures/smooth-gradcampp-step=N.png`` in ``trainer.log_dir``, with a JSON report beside them. A wrong
-    prediction is captioned in red.
+    prediction is captioned in red. Under DDP each rank explains its own images and the first one writes.
     Cost: n_samples + 1 forwards and n_samples backwards of ``num_images`` images per analysis.
 
     Args:
@@ -174,7 +174,7 @@ class SmoothGradCAMCallback(MethodCallback):
         left = self.num_images - len(self.rows)
         with torch.inference_mode(False):
             x = inputs[:left].detach().clone()
-            labels = labels[:left].clone() if isinstance(labels, Tensor) and labels.ndim == 1 else None
+            labels = labels[:left] if isinstance(labels, Tensor) and labels.ndim == 1 else None
             self._keep(x, labels, self._explain(pl_module, x, labels))
 
     def _explain(self, pl_module: Any, x: Tensor, labels: Tensor | None) -> Explanation:
@@ -199,13 +199,13 @@ class SmoothGradCAMCallback(MethodCallback):
         self.rows += [dict(zip(known, row)) for row in zip(*known.values())]
 
     def _finish(self, trainer: Any, pl_module: Any) -> None:
-        if not self._collecting or not self.rows:
+        if not self._collecting:
             return
         self._collecting, self.step = False, self._steps(trainer)
         self.classes = getattr(getattr(trainer, "datamodule", None), "classes", None)
-        folder = trainer.log_dir  # asks all ranks
-        drawable = self.write and trainer.loggers and self.images.ndim == 4 and not trainer.fast_dev_run
-        if drawable and trainer.is_global_zero:
+        folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        wanted = self.write and trainer.loggers and not trainer.fast_dev_run
+        if wanted and trainer.is_global_zero and self.rows and self.images.ndim == 4:
             alone = sum(getattr(other, "slug", None) == self.slug for other in trainer.callbacks) == 1
             name = self.slug if alone else self.state_key
             path, picture = Path(folder) / "figures" / f"{name}-step={self.step}.png", png(self.figure())

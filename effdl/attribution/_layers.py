@@ -161,7 +161,7 @@ def pick_classes(output: Any, class_idx: int | Sequence[int] | Tensor | None) ->
     fits = not given.is_floating_point() and (given.ndim == 0 or given.shape == (count,))
     check(fits, "class_idx", class_idx, f"an integer or a list of {count} integers")
     check(bool(((given >= 0) & (given < classes)).all()), "class_idx", class_idx, f"classes in [0, {classes})")
-    return given.long().expand(count)
+    return given.long().expand(count).clone()  # a label from Lightning's inference mode could not be saved for backward
 
 
 def beliefs(output: Any, classes: Tensor) -> tuple[Tensor, Tensor]:

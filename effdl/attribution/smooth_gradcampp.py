@@ -4,7 +4,7 @@ Omeiza et al., "Smooth Grad-CAM++: An Enhanced Inference Level Visualization Tec
 Network Models", arXiv 1908.01224. Symbols: ``A`` (B, K, h, w) the target layer's output on the clean input, ``S`` the
 logit of the class, ``G = dS/dA`` on one noisy copy, ``D1, D2, D3`` the averages of ``G, G^2, G^3`` over the copies.
 
-Plain torch: the functions are the paper's equations, :class:`SmoothGradCAMpp` runs them on a model.
+The functions are the paper's equations, :class:`SmoothGradCAMpp` runs them on a model.
 """
 
 from __future__ import annotations
@@ -143,8 +143,9 @@ class SmoothGradCAMpp:
 
     Example::
 
-        model = timm.create_model("resnet18", pretrained=True)
-        cam = SmoothGradCAMpp(model, targets="layer4")
+        import timm, torch
+
+        cam = SmoothGradCAMpp(timm.create_model("resnet18"), targets="layer4")
         maps = cam(torch.randn(8, 3, 224, 224), class_idx=281)        # {"layer4": (8, 224, 224) in [0, 1]}
         one = cam.explain(torch.randn(8, 3, 224, 224))                # predicted classes, with weights and scores
     """
@@ -181,8 +182,7 @@ class SmoothGradCAMpp:
         check_targets("exclude", exclude)
         self.candidates = list(select_modules(uncompiled(model), targets, exclude))
         self.layers = None if targets is None else self.candidates
-        self.target_fn, self.internal_batch_size = target_fn, internal_batch_size
-        self.generator = generator(seed)  # on the CPU: the same noise on every device
+        self.target_fn, self.internal_batch_size, self.generator = target_fn, internal_batch_size, generator(seed)
 
     def __call__(self, x: Tensor, class_idx: int | Sequence[int] | Tensor | None = None, noise: Tensor | None = None):
         """Heat-maps at the input's resolution, {layer: (B, H, W)} in [0, 1]; arguments as in :meth:`explain`."""
@@ -231,7 +231,7 @@ class SmoothGradCAMpp:
         for copies in self._copies(x, noise):
             count = len(copies)
             output, tensors = self._run(copies.flatten(0, 1))
-            score = self._score(output, None if classes is None else classes.repeat(count))
+            score = self._score(output, classes if classes is None else classes.repeat(count))
             for name, gradient in _layers.gradients(score, tensors).items():
                 G = self._map(gradient, name, x.ndim) * _layers.neuron_mask(self.neurons, clean[name])
                 terms = [G, G * G, G * G * G]
@@ -268,8 +268,8 @@ class SmoothGradCAMpp:
             if noise is not None:
                 e = noise[rows.start : rows.stop].to(x)
             else:
-                draws = torch.stack([torch.randn(x.shape, generator=self.generator, dtype=scale.dtype) for _ in rows])
-                e = (draws.to(x.device) * scale).to(x.dtype)
+                e = torch.stack([torch.randn(x.shape, generator=self.generator, dtype=scale.dtype) for _ in rows])
+                e = (e.to(x.device) * scale).to(x.dtype)
             yield x + e
 
     def _score(self, output: Any, classes: Tensor | None) -> Tensor:

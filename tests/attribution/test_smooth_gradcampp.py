@@ -312,7 +312,8 @@ def test_inference_mode_frozen_parameters_and_inplace_relu_change_nothing():
     want = SmoothGradCAMpp(small_cnn(), ["1", "6"])(x, 2, noise=noise)
     net = small_cnn(inplace=True).requires_grad_(False)  # the ReLU overwrites the target's output
     with torch.inference_mode():
-        got = SmoothGradCAMpp(net, ["1", "6"])(x.clone(), 2, noise=noise.clone())
+        classes = torch.full((2,), 2) + 0  # an inference tensor, like a label in Lightning's validation
+        got = SmoothGradCAMpp(net, ["1", "6"])(x.clone(), classes, noise=noise.clone())
     for name in want:
         torch.testing.assert_close(got[name], want[name])
 
