@@ -18,7 +18,8 @@ def unrecorded(pl_module: Any) -> Iterator[None]:
     """What forwards inside the block write is put back: buffers (BatchNorm), torchmetrics; ``self.log`` is mute.
 
     Gradients are kept: they are what a second pass is for. The objects stay the same ones, only their values return.
-    Metrics and buffers are found among the module's submodules; a plain attribute that a forward changes is not.
+    Metrics and buffers are found among the module's submodules. A method that learns from each batch into a plain
+    attribute must see for itself that a batch is not new.
 
     Example::
 

@@ -137,18 +137,34 @@ def test_must_04_batch_norm_moves_once_and_at_w():
     assert norm.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("same", [True, False])
-def test_must_05_dropout_masks(same):
+def test_must_05_dropout_masks(same, micro_batches):
     """Every micro-batch meets its own mask again in the second pass (unless told otherwise)."""
     network, masks = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Linear(64, 3)), []
     network[1].register_forward_hook(lambda m, i, output: masks.append((output != 0).detach()))
     module = Net(network)
-    fit(module, SAMCallback(rho=1e-12, same_randomness=same), accumulate_grad_batches=2, max_steps=1)
-    assert len(masks) == 4
-    assert not torch.equal(masks[0], masks[1])
-    assert [torch.equal(masks[i], masks[i + 2]) for i in (0, 1)] == [same, same]
+    fit(module, SAMCallback(rho=1e-12, same_randomness=same), accumulate_grad_batches=micro_batches, max_steps=1)
+    first, second = masks[:micro_batches], masks[micro_batches:]
+    assert [torch.equal(a, b) for a, b in zip(first, second)] == [same] * micro_batches
+    assert len({str(mask.tolist()) for mask in first}) == micro_batches
     if same:
-        assert module.losses[:2] == pytest.approx(module.losses[2:], abs=1e-6)
+        assert module.losses[:micro_batches] == pytest.approx(module.losses[micro_batches:], abs=1e-6)
+
+
+def test_the_second_pass_draws_nothing_from_the_stream():
+    class Draws(Net):
+        def training_step(self, batch, batch_idx):
+            torch.rand(1 + len(self.losses) % 2)  # not the same number in both passes
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(3)
+    fit(Draws(), SAMCallback(0.5), max_steps=2)
+    stream = torch.get_rng_state()
+    torch.manual_seed(3)
+    fit(Net(), max_steps=2)
+    torch.rand(1), torch.rand(1)
+    assert torch.equal(stream, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -181,9 +197,15 @@ def test_an_incomplete_group_at_the_end_of_the_epoch():
 
 def test_interval_counts_optimizer_steps():
     module, data = Net(), batches(6)
-    run = fit(module, SAMCallback(0.1, interval=3), data=data)
+    passes = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            passes.append(len(pl_module.losses))
+
+    run = fit(module, SAMCallback(0.1, interval=3), Watch(), data=data)
     assert run.callbacks[0].state_dict() == {"rho": 0.1, "adaptive": False, "interval": 3, "step": 6}
-    assert len(module.losses) == 6 + 2
+    assert passes == [1, 2, 4, 5, 6, 8]
 
 
 def scaled(init_scale=1024.0):
