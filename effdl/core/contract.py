@@ -17,8 +17,8 @@ class ContractExample:
             ``ConfigurationError`` naming the argument; an argument that takes anything maps to ``ContractExample.ANY``.
         module: makes the LightningModule to train. ``None``: the suite's own foreign classifier (Callback, Mixin)
             or the class itself built with ``kwargs`` (Module).
-        data: makes the train dataloader. ``None``: the suite's own 8x8 image batches ``(x, y)``; a batch size of
-            4 and 8 batches are plenty. It must be resumable: order a function of (seed, epoch).
+        data: ``batch_size -> train dataloader`` with an order that is a function of (seed, epoch), resumable; eight
+            batches of 4 are plenty. ``None``: the suite's own 8x8 image batches ``(x, y)``.
         example_input: ``module -> tuple of tensors`` for export; ``None``: the first batch's inputs.
         finished: ``module -> nn.Module`` to export; ``None``: ``module.model`` where there is one, else the module.
         rebuild: for methods that change the architecture on purpose: ``bare module -> module`` with the documented
@@ -35,7 +35,7 @@ class ContractExample:
     kwargs: dict[str, Any] = field(default_factory=dict)
     bad: dict[str, Any] = field(default_factory=dict)
     module: Callable[[], Any] | None = None
-    data: Callable[[], Any] | None = None
+    data: Callable[[int], Any] | None = None
     example_input: Callable[[Any], tuple] | None = None
     finished: Callable[[Any], Any] | None = None
     rebuild: Callable[[Any], Any] | None = None

@@ -271,7 +271,7 @@ def training_examples(trainer: Any) -> int | None:
     return count or num_examples_of(getattr(loader, "dataset", None), by_length=batched)
 
 
-def example_batches() -> Any:
+def example_batches(batch_size: int = 4) -> Any:
     """Thirty-two fixed 8x8 pictures of three classes with their index, for the contract suite."""
     from torch.utils.data import TensorDataset
 
@@ -281,7 +281,7 @@ def example_batches() -> Any:
     g = torch.Generator().manual_seed(7)
     y = torch.randint(0, 3, (32,), generator=g)
     x = torch.randn(32, 3, 8, 8, generator=g) + 0.5 * y.view(-1, 1, 1, 1)
-    return ResumableLoader(IndexedDataset(TensorDataset(x, y)), batch_size=4, shuffle=True, seed=3)
+    return ResumableLoader(IndexedDataset(TensorDataset(x, y)), batch_size=batch_size, shuffle=True, seed=3)
 
 
 def __getattr__(name: str) -> Any:

@@ -68,9 +68,7 @@ class Case:
         return self.cls(**kwargs)
 
     def loader(self, batch_size: int = 4) -> Any:
-        if self.example.data is None:
-            return pictures(batch_size)
-        return self.example.data()
+        return pictures(batch_size) if self.example.data is None else self.example.data(batch_size)
 
     def fit(
         self, callbacks: Any = (), module: Any = None, ckpt_path: Any = None, val: bool = True, **kwargs: Any
