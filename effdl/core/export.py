@@ -19,6 +19,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,15 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effdl.core.capture import uncompiled
 from effdl.core.errors import ConfigurationError, require
 
 WEIGHTS = "model.safetensors"
 
 
 def product(module: nn.Module) -> nn.Module:
-    """The network a user takes home: ``module.model`` where there is one, else the module itself."""
+    """The network a user takes home: ``module.model`` where there is one, else the module itself; never compiled."""
     model = getattr(module, "model", None)
-    return model if isinstance(model, nn.Module) else module
+    return uncompiled(model if isinstance(model, nn.Module) else module)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -103,21 +105,32 @@ def _architecture(model: nn.Module) -> list[Any]:
     return [*layers, *[(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]]
 
 
+def _reopens_the_same(model: nn.Module) -> bool:
+    """Whether transformers or diffusers build this very network from its configuration: no layer was replaced."""
+    make = getattr(type(model), "from_config", None) or getattr(type(model), "_from_config", None)
+    config = getattr(model, "config", None)
+    if make is None or config is None:
+        return True  # another library's save_pretrained: its own affair
+    with torch.device("meta"):
+        return _architecture(make(copy.deepcopy(config))) == _architecture(model)
+
+
 def save_model(module: nn.Module, folder: Path, preprocessing: Mapping[str, Any] | None = None) -> str:
     """Write the finished model of a LightningModule (or a network) into ``folder``.
 
     The first that applies: the module's own ``save_pretrained`` (a diffusers pipeline), its network's (transformers,
-    diffusers), timm's folder, else ``model.safetensors`` alone. ``preprocessing`` is :func:`save_timm`'s.
+    diffusers), timm's folder, else ``model.safetensors`` alone; the last also where layers were replaced, so that the
+    library would open another network than this one. ``preprocessing`` is :func:`save_timm`'s.
 
     Returns:
         ``"pretrained"``, ``"timm"`` or ``"safetensors"``: what was written.
     """
     model = product(module)
     folder.mkdir(parents=True, exist_ok=True)
-    for owner in (module, model):
-        if hasattr(owner, "save_pretrained"):
-            owner.save_pretrained(str(folder))
-            return "pretrained"
+    owner = next((part for part in (module, model) if hasattr(part, "save_pretrained")), None)
+    if owner is not None and _reopens_the_same(model):
+        owner.save_pretrained(str(folder))
+        return "pretrained"
     if is_timm(model):
         with contextlib.suppress(ConfigurationError):
             save_timm(model, folder, preprocessing)

@@ -87,6 +87,27 @@ def test_save_pretrained_wins(tmp_path):
     assert (tmp_path / "called").read_text() == str(tmp_path / "model")
 
 
+def test_pretrained_folder_opens_the_same_network_or_is_none(tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=11)).eval()
+    assert export.save_model(Holder(model), tmp_path / "a") == "pretrained"
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "a")(ids).logits, model(ids).logits)
+    model.transformer.ln_f = nn.BatchNorm1d(8)
+    assert export.save_model(Holder(model), tmp_path / "b") == "safetensors"
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["model.safetensors"]
+
+
+def test_unet_of_diffusers_is_reopened(tmp_path):
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    model = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks)
+    assert export.save_model(Holder(model), tmp_path) == "pretrained"
+    assert UNet2DModel.from_pretrained(tmp_path).config.sample_size == 8
+
+
 def test_program_has_a_free_batch_and_same_outputs(tmp_path):
     model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.BatchNorm1d(3))
     model[1].eval()
