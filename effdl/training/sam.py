@@ -72,13 +72,19 @@ def perturbation(
         (e,), norm = perturbation([w], [g], rho=0.5)
         assert torch.allclose(e, torch.tensor([0.3, 0.4])) and torch.allclose(norm, torch.tensor(1.0))
     """
-    grads = _at_least_float32(grads)
+    return _perturbation_(weights, [g.clone() for g in grads], rho, adaptive)
+
+
+def _perturbation_(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], rho: float, adaptive: bool
+) -> tuple[list[Tensor], Tensor]:
+    """:func:`perturbation` in the memory of the gradients, where they are float32 or wider."""
+    e = _at_least_float32(grads)
     if adaptive:
         weights = _at_least_float32(weights)
-        grads = torch._foreach_mul(grads, weights)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    scale = torch.where(norm.isfinite(), rho / (norm + EPSILON), 0.0)
-    e = torch._foreach_mul(grads, scale)
+        torch._foreach_mul_(e, weights)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(e)))
+    torch._foreach_mul_(e, torch.where(norm.isfinite(), rho / (norm + EPSILON), 0.0))
     if adaptive:
         torch._foreach_mul_(e, weights)
     for tensor in e:  # inf * 0 is NaN
@@ -91,8 +97,9 @@ def perturbed(parameters: Iterable[Tensor], rho: float, adaptive: bool = False) 
     """Inside the block the parameters hold ``w + e``; afterwards ``w``, bit for bit, whatever happened inside.
 
     ``w`` is copied and copied back (subtracting ``e`` again drifts). Storage is kept, so optimizers, DDP and compiled
-    graphs see the same tensors. Parameters without a gradient, or with ``requires_grad=False``, do not move. Yields the
-    norm of :func:`perturbation`; raises ``ConfigurationError`` when no parameter has a gradient.
+    graphs see the same tensors. Parameters without a gradient, or with ``requires_grad=False``, do not move. The
+    gradients are used up. Yields the norm of :func:`perturbation`; raises ``ConfigurationError`` when no parameter has
+    a gradient.
 
     Example::
 
@@ -106,7 +113,7 @@ def perturbed(parameters: Iterable[Tensor], rho: float, adaptive: bool = False) 
     check(bool(moved), "parameters", [], "at least one parameter with a gradient", "Run backward() first.")
     weights = [_real(p.detach()) for p in moved]  # detached views of the same storage: no autograd below
     saved = [w.clone() for w in weights]
-    e, norm = perturbation(weights, [_real(p.grad.detach()) for p in moved], rho, adaptive)
+    e, norm = _perturbation_(weights, [_real(p.grad.detach()) for p in moved], rho, adaptive)
     try:
         torch._foreach_add_(weights, e)
         del e
@@ -151,7 +158,7 @@ def sam_step(
     return SAMStep(loss, norm, loss_perturbed)
 
 
-def _at_least_float32(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _at_least_float32(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
