@@ -31,7 +31,7 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
 
 
 def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-    """``X_t = t x1 + (1 - t) x0`` (InstaFlow, eq. 2).
+    """``X_t = t x1 + (1 - t) x0``, the straight line from noise to data (Flow Straight and Fast, eq. 1).
 
     Args:
         x0: noise ``[B, ...]``.
@@ -91,7 +91,9 @@ def squared_error(prediction: Tensor, target: Tensor, reduction: str = "mean") -
 
 
 def rectified_flow_loss(velocity: Velocity, x0: Tensor, x1: Tensor, t: Tensor, reduction: str = "mean") -> Tensor:
-    """``E || v(X_t, t) - (x1 - x0) ||^2`` (InstaFlow, eq. 3; with ``t = 0`` the distillation loss, eq. 6, in L2).
+    """``E || v(X_t, t) - (x1 - x0) ||^2`` (Flow Straight and Fast, eq. 1).
+
+    On reflow pairs it is InstaFlow's reflow loss, and with ``t = 0`` its distillation loss in L2.
 
     Args:
         velocity: ``v(x, t)``.
@@ -216,7 +218,7 @@ def concatenate(first: Condition, second: Condition) -> Condition:
 def guided_velocity(
     denoiser: Callable[[Tensor, Tensor, Any], Tensor], condition: Condition, null: Condition, guidance: float
 ) -> Velocity:
-    """``v_alpha = v(x, t | null) + alpha (v(x, t | c) - v(x, t | null))`` (InstaFlow, section 3.2), as a velocity.
+    """``v_alpha = v(x, t | null) + alpha (v(x, t | c) - v(x, t | null))`` (InstaFlow's guidance), as a velocity.
 
     Args:
         denoiser: ``v(x, t, condition)``.

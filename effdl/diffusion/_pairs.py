@@ -16,6 +16,7 @@ from torch import Tensor
 from effdl.core.distributed import rank, world_size
 from effdl.core.errors import check, check_choice, check_integer, check_number
 from effdl.data.loading import EpochSampler, ResumableLoader, as_it_is
+from effdl.diffusion._denoiser import TimeConvention
 from effdl.diffusion._pair_table import PairTable, Solve
 from effdl.diffusion._source import FlowSource, fingerprint
 
@@ -53,8 +54,8 @@ class ReflowPairs(L.LightningDataModule):
             unconditional teacher. Row i gets condition ``i mod`` their number. No images are needed.
         count: number of pairs; the paper's CIFAR-10 needs 1e6 or more.
         steps: of the teacher's solver: DPM-Solver for a diffusion model, Euler for a flow.
-        guidance: alpha of the teacher; ``None``: the paper's, 6 for a diffusion model, 1.5 for a flow that reads
-            text (above 2 it over-saturates), 1 for any other.
+        guidance: alpha of the teacher; ``None``: the paper's, 1 for a teacher that reads no text, 1.5 for a flow of
+            :class:`ReflowModule` (which is guided already: above 2 it over-saturates), 6 for Stable Diffusion.
         shape: of one x0, for a teacher whose network has no ``sample_size``.
         convention: how the teacher counts time, see :class:`ReflowModule`.
         dtype: of x1 on disk.
@@ -75,13 +76,13 @@ class ReflowPairs(L.LightningDataModule):
     def __init__(
         self,
         path: str | Path,
-        teacher: str | Any | None = None,
+        teacher: torch.nn.Module | str | None = None,
         conditions: str | int | list[str] | None = None,
         count: int = 10_000,
         steps: int = 25,
         guidance: float | None = None,
         shape: list[int] | None = None,
-        convention: str | Any | None = None,
+        convention: str | TimeConvention | None = None,
         dtype: str = "float16",
         block: int = 64,
         batch_size: int = 64,
@@ -142,7 +143,7 @@ class ReflowPairs(L.LightningDataModule):
         source = FlowSource(self.teacher, self.convention)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         if self.guidance is None:
-            text = 6.0 if source.is_diffusion else 1.5
+            text = 1.5 if source.record else 6.0
             self.guidance = text if self.prompts is not None else 1.0
         shape = self.shape or source.shape
         check(shape is not None, "shape", None, "the shape of one x0: this teacher's network has no sample_size")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effdl.core.errors import check, check_integer
 from effdl.core.export import WEIGHTS, save_safetensors
-from effdl.core.teacher import freeze
+from effdl.core.teacher import Frozen, freeze
 from effdl.diffusion._denoiser import TimeConvention, call_network, convention_of, kind
 from effdl.diffusion._flow import Condition, Velocity, euler, guided_velocity, wide
 
@@ -40,7 +40,8 @@ class FlowSource:
         network: the U-Net or transformer.
         pipeline: or ``None``.
         scheduler: or ``None``.
-        record: what ``reflow.json`` says, ``{}`` without one: then whatever has a scheduler is a diffusion model.
+        record: what ``reflow.json`` says, ``{}`` without one.
+        is_diffusion: no record, no convention given, and a scheduler that is none for flows.
 
     Example::
 
@@ -60,7 +61,8 @@ class FlowSource:
         recorded = TimeConvention(*self.record["convention"]) if self.record else None
         fallback = DEFAULT_CONVENTION.get(kind(self.network), "plain")
         self.convention = convention_of(convention or recorded or fallback)
-        self.is_diffusion = self.scheduler is not None and not self.record and convention is None
+        flows = type(self.scheduler).__name__.startswith("FlowMatch") or self.scheduler is None
+        self.is_diffusion = not flows and not self.record and convention is None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlowSource:
         return self
@@ -149,8 +151,8 @@ class FlowSource:
     ) -> Tensor:  # fmt: skip
         """The state at t = 1 of the ODE that starts in ``x0``.
 
-        A flow is integrated by Euler, a diffusion model by DPM-Solver (by its own scheduler if that is one for flows),
-        which starts from the same N(0, I) and ends in the same latents; nothing else of the diffusion enters.
+        A flow is integrated by Euler, a diffusion model by DPM-Solver, from N(0, I) to a latent; nothing else of the
+        diffusion enters.
 
         Args:
             x0: noise ``[B, ...]``.
@@ -174,9 +176,7 @@ class FlowSource:
     def _denoise(self, predict: Velocity, x: Tensor, steps: int) -> Tensor:
         from diffusers import DPMSolverMultistepScheduler
 
-        own = type(self.scheduler)
-        kind_of_solver = own if own.__name__.startswith("FlowMatch") else DPMSolverMultistepScheduler
-        solver = kind_of_solver.from_config(self.scheduler.config)
+        solver = DPMSolverMultistepScheduler.from_config(self.scheduler.config)
         solver.set_timesteps(steps, device=x.device)
         for time in solver.timesteps:
             x = solver.step(predict(x, time.expand(len(x))), time, x, return_dict=False)[0]
@@ -207,6 +207,36 @@ class FlowSource:
             finally:
                 self.pipeline.register_modules(**own)
         (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+class OnlineTeacher:
+    """Makes reflow's end points inside the training step: ``x1 = ODE[v_k](x0 | c)`` by Euler.
+
+    Args:
+        source: of v_k, frozen here. No part of the module tree: a deep copy is itself.
+        steps: Euler steps, N >= 1.
+        guidance: alpha.
+
+    Raises:
+        ConfigurationError: N < 1, or a diffusion model, which is no flow yet.
+    """
+
+    def __init__(self, source: FlowSource, steps: int, guidance: float = 1.0) -> None:
+        check_integer("online_steps", steps, 1)
+        check(not source.is_diffusion, "online_steps", steps, "None for a diffusion model",
+              "It is no flow yet: make its pairs with ReflowPairs.")  # fmt: skip
+        self.source, self.steps, self.guidance = source, steps, guidance
+        self.network = Frozen(source.network)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnlineTeacher:
+        return self
+
+    @torch.no_grad()
+    def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
+        """End points ``[B, ...]`` of noise ``[B, ...]``."""
+        null = self.source.encode([""] * len(x0), x0.device) if self.guidance > 1 else None
+        denoiser = self.source.convention.denoiser(self.network.on(x0))
+        return euler(guided_velocity(denoiser, condition, null, self.guidance), x0, self.steps)
 
 
 def _take_apart(model: Any) -> tuple[Any, Any, Any]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 
 from effdl.core.batch import unpack
 from effdl.core.contract import ContractExample
-from effdl.core.distributed import rank, world_size
-from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
+from effdl.core.errors import check, check_choice, check_integer, check_number
 from effdl.core.paper import Paper
 from effdl.core.random import generator
 from effdl.core.teacher import Frozen
 from effdl.diffusion._denoiser import CONVENTIONS, StackedDenoiser, TimeConvention
+from effdl.diffusion._draws import Draws
+from effdl.diffusion._figures import draw_samples, first_rows
 from effdl.diffusion._flow import (
     Condition,
+    Velocity,
     check_times,
     euler,
     guided_velocity,
@@ -42,7 +44,7 @@ from effdl.diffusion._flow import (
 from effdl.diffusion._pair_table import PairTable
 from effdl.diffusion._pairs import ReflowPairs
 from effdl.diffusion._perceptual import PerceptualDistance, check_distance
-from effdl.diffusion._source import FlowSource, merge_delta
+from effdl.diffusion._source import FlowSource, OnlineTeacher, merge_delta
 from effdl.tasks._optimizers import optimizer_and_scheduler
 
 __all__ = [
@@ -51,8 +53,8 @@ __all__ = [
     "time_points",
 ]  # fmt: skip
 
-STAGES = ("flow", "reflow", "distill")
 STRAIGHTNESS_STEPS = 20
+SHOWN = 10  # images in a row of samples.png
 
 
 class ReflowModule(LightningModule):
@@ -60,13 +62,13 @@ class ReflowModule(LightningModule):
 
     With x0 ~ N(0, I), t = 0 at the noise, X_t = t x1 + (1 - t) x0:
 
-    ========== ============================= ==================== =====================================================
-    stage      batch                         t                    loss
-    ========== ============================= ==================== =====================================================
-    flow       images, labels or prompts     U[eps, 1)            E || v(X_t, t | c) - (x1 - x0) ||^2      (eq. 3)
-    reflow     x0, x1, condition             U[eps, 1)            the same, x1 = ODE[teacher](x0 | c)      (eq. 5)
-    distill    x0, x1, condition             0 (K > 1: k/K)       E D(x1, x0 + v(x0, 0 | c))               (eq. 6)
-    ========== ============================= ==================== =====================================================
+    ========== ============================= ============= ==========================================
+    stage      batch                         t             loss
+    ========== ============================= ============= ==========================================
+    flow       images, labels or prompts     U[eps, 1)     E || v(X_t, t | c) - (x1 - x0) ||^2
+    reflow     x0, x1, condition             U[eps, 1)     the same, with x1 = ODE[teacher](x0 | c)
+    distill    x0, x1, condition             0 (or k / K)  E D(x1, x0 + v(x0, 0 | c))
+    ========== ============================= ============= ==========================================
 
     Reflow changes the coupling and distillation keeps it: run them one after the other, on pairs of the network that
     the stage starts from (:class:`ReflowPairs`), never fused. One step of a 1-flow is E[x1 | c], a blur; what makes one
@@ -85,7 +87,6 @@ class ReflowModule(LightningModule):
         eps: smallest t; ``None``: 1e-3, and 0 in stage distill, whose net is called at exactly t = k/K.
         distance: ``"l2"``, or in stage distill with one step ``"lpips"`` or any differentiable
             ``distance(images, targets)`` on decoded images in [-1, 1]. The paper: L2 first, then LPIPS in a second run.
-        reduction: of L2, ``"mean"`` or ``"half_sum"``.
         online_steps: in stage reflow, integrate the teacher with so many Euler steps (20 is common) inside the training
             step instead of reading pairs; a batch gives the conditions, its images only their number.
         guidance: alpha of that teacher.
@@ -124,14 +125,13 @@ class ReflowModule(LightningModule):
 
     def __init__(
         self,
-        model: str | nn.Module | Any,
+        model: nn.Module | dict[str, Any] | str,
         stage: Literal["flow", "reflow", "distill"] = "reflow",
-        teacher: str | nn.Module | Any | None = None,
+        teacher: nn.Module | dict[str, Any] | str | None = None,
         convention: str | TimeConvention | None = None,
         steps: int = 1,
         eps: float | None = None,
         distance: str | Callable[[Tensor, Tensor], Tensor] = "l2",
-        reduction: Literal["mean", "half_sum"] = "mean",
         online_steps: int | None = None,
         guidance: float = 1.0,
         seed: int = 0,
@@ -139,51 +139,48 @@ class ReflowModule(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        check_choice("stage", stage, STAGES)
+        check_choice("stage", stage, ("flow", "reflow", "distill"))
         check_integer("steps", steps, 1)
         check_integer("seed", seed, 0)
         check_number("guidance", guidance, 0, float("inf"), closed="[)")
-        check_choice("reduction", reduction, ("mean", "half_sum"))
         self.eps = (0.0 if stage == "distill" else 1e-3) if eps is None else eps
         check_times("uniform", self.eps)
-        if online_steps is not None:
-            check_integer("online_steps", online_steps, 1)
-            check(stage == "reflow", "online_steps", online_steps, f"None in stage {stage}")
+        check(online_steps is None or stage == "reflow", "online_steps", online_steps, f"None in stage {stage}")
         check(teacher is None or online_steps is not None, "teacher", type(teacher).__name__,
               "None without online_steps", "Pairs are made by ReflowPairs(teacher=...).")  # fmt: skip
         check_distance(distance, stage, steps)
         self.source = FlowSource(model, convention)
         check(isinstance(self.source.network, nn.Module), "model", type(model).__name__, "a torch.nn.Module to train")
         self.model = copy.deepcopy(self.source.network).train().requires_grad_(True)
-        self.teacher_source = FlowSource(teacher) if teacher is not None else self.source
-        self.teacher = Frozen(self.teacher_source.network) if online_steps is not None else None
-        self.stage, self.steps, self.distance, self.reduction = stage, steps, distance, reduction
-        self.online_steps, self.guidance, self.seed = online_steps, guidance, seed
+        self.teacher = None
+        if online_steps is not None:
+            given = convention if isinstance(teacher, nn.Module) else None
+            source = self.source if teacher is None else FlowSource(teacher, given)
+            self.teacher = OnlineTeacher(source, online_steps, guidance)
+        self.stage, self.steps, self.distance = stage, steps, distance
+        self.guidance, self.seed = guidance, seed
         self.optimizer, self.scheduler = optimizer, scheduler
+        self._shown: tuple[Tensor, Condition] | None = None
         self._perceptual = None if distance == "l2" else Frozen(PerceptualDistance(self.source, distance))
 
-    # --- training ------------------------------------------------------------------------------------------------
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x0, x1, condition = self._triplet(batch, batch_idx)
-        loss = self._loss(x0, x1, condition, self._times(len(x1), self._stream(batch_idx, 0)))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x1))
+        loss, x0, _ = self._step(batch, Draws(self.seed, self.current_epoch, batch_idx, self.device))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x0))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        # the same draws in every epoch, so that losses compare; -1 is no training epoch
-        x0, x1, condition = self._triplet(batch, batch_idx, epoch=-1)
-        loss = self._loss(x0, x1, condition, self._times(len(x1), self._stream(batch_idx, 0, epoch=-1)))
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(x1))
+        loss, x0, condition = self._step(batch, Draws(self.seed, -1, batch_idx, self.device))
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(x0))
+        if batch_idx == 0:
+            self._shown = first_rows(x0, SHOWN), first_rows(condition, SHOWN)
         if batch_idx == 0 and self.stage != "distill":
-            velocity = guided_velocity(self.denoiser, condition, None, 1.0)
-            value = straightness(velocity, x0, STRAIGHTNESS_STEPS)
-            self.log("instaflow/straightness", value, sync_dist=True, batch_size=len(x1))
+            value = straightness(self._velocity(condition), x0, STRAIGHTNESS_STEPS)
+            self.log("instaflow/straightness", value, sync_dist=True, batch_size=len(x0))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Images of a batch's conditions (and noise, where the batch carries it)."""
-        x0, _, condition = self._triplet(batch, batch_idx, epoch=-1)
-        return self.source.decode(euler(guided_velocity(self.denoiser, condition, None, 1.0), x0, self.steps))
+        x0, _, condition = self._triplet(batch, Draws(self.seed, -1, batch_idx, self.device))
+        return self.source.decode(euler(self._velocity(condition), x0, self.steps))
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_scheduler(self, self.optimizer, self.scheduler)
@@ -197,61 +194,38 @@ class ReflowModule(LightningModule):
         """The velocity ``[B, ...]`` at times ``[B]`` in [0, 1], noise at 0."""
         return self.denoiser(x, t, condition)
 
-    def _loss(self, x0: Tensor, x1: Tensor, condition: Condition, t: Tensor) -> Tensor:
-        velocity = guided_velocity(self.denoiser, condition, None, 1.0)
+    def _velocity(self, condition: Condition) -> Velocity:
+        return guided_velocity(self.denoiser, condition, None, 1.0)
+
+    def _step(self, batch: Any, draws: Draws) -> tuple[Tensor, Tensor, Condition]:
+        """Loss, noise and condition of a batch."""
+        x0, x1, condition = self._triplet(batch, draws)
+        velocity, t = self._velocity(condition), self._times(draws.uniform(len(x0)))
         if self._perceptual is None:
-            return rectified_flow_loss(velocity, x0, x1, t, self.reduction)
-        return self._perceptual.on(x1)(wide(x0) + velocity(x0, t), x1)
+            return rectified_flow_loss(velocity, x0, x1, t), x0, condition
+        return self._perceptual.on(x1)(wide(x0) + velocity(x0, t), x1), x0, condition
 
-    def _times(self, count: int, stream: torch.Generator) -> Tensor:
-        schedule = self.steps if self.stage == "distill" else "uniform"
-        uniform = torch.rand(count * world_size(), generator=stream, device=stream.device)
-        return time_points(uniform[rank() :: world_size()], schedule, self.eps)
+    def _times(self, uniform: Tensor) -> Tensor:
+        return time_points(uniform, self.steps if self.stage == "distill" else "uniform", self.eps)
 
-    def _stream(self, batch_idx: int, purpose: int, epoch: int | None = None) -> torch.Generator:
-        """Times (purpose 0) or noise (1) of one batch: a function of (seed, epoch, batch), so a resumed run goes on
-        with the same numbers, on the device, so nothing is copied."""
-        epoch = self.current_epoch if epoch is None else epoch
-        entropy = np.random.SeedSequence([self.seed, epoch + 1, batch_idx, purpose])
-        return generator(int(entropy.generate_state(1)[0]), self.device)
-
-    def _noise(self, shape: Sequence[int], batch_idx: int, epoch: int | None) -> Tensor:
-        stream, world = self._stream(batch_idx, 1, epoch), world_size()
-        everyone = torch.randn(shape[0] * world, *shape[1:], generator=stream, device=stream.device)
-        return everyone[rank() :: world]  # examples r, r + W, ...: the batch of a single process
-
-    def _triplet(self, batch: Any, batch_idx: int, epoch: int | None = None) -> tuple[Tensor, Tensor, Condition]:
+    def _triplet(self, batch: Any, draws: Draws) -> tuple[Tensor, Tensor, Condition]:
         """Noise, end point and condition of a batch of this stage."""
-        if isinstance(batch, Mapping) and "x0" in batch and "x1" in batch:
+        if self.stage != "flow" and self.teacher is None:
+            if isinstance(batch, (tuple, list)):
+                batch = dict(zip(("x0", "x1", "condition"), batch))
+            keys = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            check("x0" in keys and "x1" in keys, "batch", keys, f"x0, x1 and condition in stage {self.stage}",
+                  "Make pairs with ReflowPairs.")  # fmt: skip
             return batch["x0"], batch["x1"], self._condition(batch, batch.get("condition"))
-        if isinstance(batch, (tuple, list)) and len(batch) == 3 and self.stage != "flow":
-            return batch[0], batch[1], batch[2]
-        check(self.stage == "flow" or self.online_steps is not None, "batch", type(batch).__name__,
-              f"x0, x1 and condition in stage {self.stage}", "Make pairs with ReflowPairs.")  # fmt: skip
         images, labels, _ = unpack(batch)
-        x1 = self.source.latents(images, self._stream(batch_idx, 2, epoch))
-        x0 = self._noise(x1.shape, batch_idx, epoch).to(x1.dtype)
-        condition = self._condition(batch, labels)
-        if self.online_steps is not None:
-            x1 = self._from_teacher(x0, condition)
-        return x0, x1, condition
+        x1 = self.source.latents(images, draws.stream(2))
+        x0, condition = draws.noise(x1.shape).to(x1.dtype), self._condition(batch, labels)
+        return x0, x1 if self.teacher is None else self.teacher(x0, condition), condition
 
     def _condition(self, batch: Any, otherwise: Any) -> Condition:
-        prompts = batch.get("prompt") if isinstance(batch, Mapping) else None
-        if prompts is not None:
-            return self.source.encode(prompts, self.device)
+        if isinstance(batch, Mapping) and "prompt" in batch:
+            return self.source.encode(batch["prompt"], self.device)
         return self.source.accepted(otherwise)
-
-    @torch.no_grad()
-    def _from_teacher(self, x0: Tensor, condition: Condition) -> Tensor:
-        null = None
-        if self.guidance > 1:
-            null = self.source.encode([""] * len(x0), self.device)
-        network = self.teacher.on(x0)
-        velocity = guided_velocity(self.teacher_source.convention.denoiser(network), condition, null, self.guidance)
-        return euler(velocity, x0, self.online_steps)
-
-    # --- sampling, saving ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(
@@ -276,8 +250,7 @@ class ReflowModule(LightningModule):
         steps = self.steps if steps is None else steps
         if self.stage == "distill" and steps != self.steps:
             text = f"steps={steps}: this network was distilled for steps={self.steps} and is valid there only."
-            if strict:
-                raise ConfigurationError(text)
+            check(not strict, "steps", steps, f"steps={self.steps}", text)
             warnings.warn(text, stacklevel=2)
         if noise is None:
             check(self.source.shape is not None, "noise", None, "a tensor [B, ...]: the network has no sample_size")
@@ -292,17 +265,21 @@ class ReflowModule(LightningModule):
             self.model.train(training)
         return self.source.decode(x1)
 
+    def figures(self, folder: Path) -> None:
+        """``samples.png``: the noise and conditions of a validation batch, a row for each number of steps."""
+        steps = (self.steps,) if self.stage == "distill" else (1, 2, 4, 25)
+        if self._shown is not None:
+            draw_samples(self, *self._shown, steps, folder / "samples.png")
+
     def record(self) -> dict[str, Any]:
         """Which flow this is: what goes into checkpoints and beside saved weights."""
         before = self.source.record.get("k", 1)
-        data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        data = getattr(self._trainer, "datamodule", None)
         return {
-            "stage": self.stage,
-            "k": {"flow": 1, "reflow": before + 1, "distill": before}[self.stage],
-            "num_steps": self.steps,
-            "guidance": getattr(data, "guidance", self.guidance),
+            "stage": self.stage, "k": {"flow": 1, "reflow": before + 1, "distill": before}[self.stage],
+            "num_steps": self.steps, "guidance": getattr(data, "guidance", self.guidance),
             "convention": self.source.convention.as_list(),
-        }
+        }  # fmt: skip
 
     def save_pretrained(self, folder: str) -> None:
         """The pipeline (or network) with the student in it, as stock diffusers loads it, and ``reflow.json``."""
@@ -318,24 +295,6 @@ class ReflowModule(LightningModule):
 
     @classmethod
     def contract_example(cls) -> ContractExample:
-        from effdl.tasks.tiny import tiny_unet
+        from effdl.diffusion._instaflow_example import example
 
-        return ContractExample(
-            kwargs={"model": tiny_unet(8, 1, num_classes=3), "stage": "reflow"},
-            bad={
-                "model": 3, "stage": "rectify", "teacher": torch.nn.Identity(), "convention": "sd", "steps": 0,
-                "eps": [0.1, -0.1], "distance": ["l1", "lpips"], "reduction": "sum", "online_steps": 0,
-                "guidance": -1.0, "seed": -1, "optimizer": ContractExample.ANY, "scheduler": ContractExample.ANY,
-            },
-            data=_example_pairs,
-            example_input=lambda module: (torch.randn(2, 1, 8, 8), torch.tensor([1000.0, 500.0]), torch.tensor([0, 2])),
-        )  # fmt: skip
-
-
-def _example_pairs() -> Any:
-    from effdl.data.loading import ResumableLoader
-
-    draw = generator(0)
-    rows = [torch.randn(32, 1, 8, 8, generator=draw) for _ in range(2)]
-    table = torch.utils.data.TensorDataset(*rows, torch.arange(32) % 3)
-    return ResumableLoader(table, batch_size=4, shuffle=True)
+        return example()

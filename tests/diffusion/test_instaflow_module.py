@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from effdl.core.errors import ConfigurationError
 from effdl.data.loading import ResumableLoader
+from effdl.diffusion._draws import Draws
 from effdl.diffusion.instaflow import (
     CONVENTIONS,
     FlowSource,
@@ -27,7 +28,13 @@ from effdl.diffusion.instaflow import (
     merge_delta,
     rectified_flow_loss,
 )
-from effdl.tasks.tiny import tiny_sd3_transformer, tiny_stable_diffusion, tiny_unet
+from effdl.tasks.tiny import (
+    tiny_clip_text_model,
+    tiny_clip_tokenizer,
+    tiny_sd3_transformer,
+    tiny_stable_diffusion,
+    tiny_unet,
+)
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
@@ -250,9 +257,9 @@ def test_distillation_is_the_flow_loss_at_zero_and_the_student_is_a_copy():
     assert module.model is not net
     assert all(torch.equal(a, b) for a, b in zip(module.model.parameters(), net.parameters()))
     for steps in (1, 4):
-        times = ReflowModule(net, stage="distill", steps=steps)._times(4000, torch.Generator().manual_seed(0))
+        times = ReflowModule(net, stage="distill", steps=steps)._times(torch.rand(4000))
         assert sorted(set(times.tolist())) == [i / steps for i in range(steps)]
-    times = ReflowModule(net)._times(4000, torch.Generator().manual_seed(0))
+    times = ReflowModule(net)._times(torch.arange(4000) / 4000)
     assert 1e-3 <= times.min() < 2e-3
     assert times.max() < 1
 
@@ -260,15 +267,16 @@ def test_distillation_is_the_flow_loss_at_zero_and_the_student_is_a_copy():
 def test_flow_stage_takes_images_and_draws_its_own_noise():
     module = ReflowModule(plane(), stage="flow")
     batch = {"image": torch.randn(8, 2), "label": torch.arange(8) % 3}
-    x0, x1, c = module._triplet(batch, 0)
+    draws = Draws(0, 0, 0)
+    x0, x1, c = module._triplet(batch, draws)
     assert torch.equal(x1, batch["image"])
     assert torch.equal(c, batch["label"])
-    assert torch.equal(x0, module._triplet(batch, 0)[0])
-    assert not torch.equal(x0, module._triplet(batch, 1)[0])
+    assert torch.equal(x0, module._triplet(batch, draws)[0])
+    assert not torch.equal(x0, module._triplet(batch, Draws(0, 0, 1))[0])
     state = torch.get_rng_state()
     loss = module.training_step(batch, 0)
     assert torch.equal(state, torch.get_rng_state())
-    t = module._times(8, module._stream(0, 0))
+    t = module._times(draws.uniform(8))
     torch.testing.assert_close(loss, rectified_flow_loss(lambda x, t: module.model(x, t, c), x0, x1, t))
     with pytest.raises(ConfigurationError, match="ReflowPairs"):
         ReflowModule(plane()).training_step(batch, 0)
@@ -278,7 +286,7 @@ def test_online_reflow_equals_the_pairs_of_its_teacher():
     net = plane()
     module = ReflowModule(net, online_steps=20)
     batch = {"image": torch.zeros(8, 2), "label": torch.arange(8) % 3}
-    x0, x1, c = module._triplet(batch, 0)
+    x0, x1, c = module._triplet(batch, Draws(0, 0, 0))
     torch.testing.assert_close(x1, euler(lambda x, t: net(x, t, c), x0, 20).detach())
     before = [p.clone() for p in net.parameters()]
     fit(module, DataLoader([batch] * 6, batch_size=None), max_epochs=1)
@@ -286,6 +294,18 @@ def test_online_reflow_equals_the_pairs_of_its_teacher():
     assert not any(torch.equal(a, b) for a, b in zip(before, module.model.parameters()))
     assert not any(p.requires_grad for p in net.parameters())
     assert set(module.state_dict()) == {f"model.{name}" for name in net.state_dict()}
+
+
+def test_two_processes_draw_what_one_does(monkeypatch):
+    import effdl.diffusion._draws as draws
+
+    one = Draws(3, 1, 2)
+    noise, uniform = one.noise((8, 2)), one.uniform(8)
+    monkeypatch.setattr(draws, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(draws, "rank", lambda rank=rank: rank)
+        assert torch.equal(one.noise((4, 2)), noise[rank::2])
+        assert torch.equal(one.uniform(4), uniform[rank::2])
 
 
 class StopAfter(Callback):
@@ -305,7 +325,9 @@ def test_must_f_resume_in_mid_reflow(tmp_path, online):
         return module, ema
 
     def loader():
-        return ResumableLoader(rows(), batch_size=4, shuffle=True)
+        x0, x1, label = rows().tensors
+        data = torch.utils.data.TensorDataset(x0, label) if online else rows()
+        return ResumableLoader(data, batch_size=4, shuffle=True)
 
     def averaged(path):
         state = torch.load(path, weights_only=True)
@@ -344,6 +366,11 @@ def test_must_f_the_teacher_is_unchanged():
     assert not any("teacher" in name for name, _ in module.named_modules())
 
 
+def test_online_reflow_of_a_diffusion_model_is_refused():
+    with pytest.raises(ConfigurationError, match="online_steps"):
+        ReflowModule(tiny_stable_diffusion(16), online_steps=20)
+
+
 def test_validation_logs_loss_and_straightness():
     val = DataLoader(rows(8), batch_size=4)
     module = ReflowModule(plane())
@@ -369,8 +396,8 @@ def test_accumulation_and_compiled_student():
         ("stage", {"stage": "rectify"}), ("steps", {"steps": 0}), ("steps", {"steps": 1.0}), ("eps", {"eps": 0.1}),
         ("eps", {"eps": -1e-3}), ("guidance", {"guidance": -0.1}), ("distance", {"distance": "l1"}),
         ("distance", {"distance": "lpips"}), ("distance", {"stage": "distill", "steps": 4, "distance": "lpips"}),
-        ("distance", {"stage": "flow", "distance": nn.L1Loss()}), ("reduction", {"reduction": "sum"}),
-        ("convention", {"convention": "sd"}), ("online_steps", {"online_steps": 0}), ("seed", {"seed": -1}),
+        ("distance", {"stage": "flow", "distance": nn.L1Loss()}), ("convention", {"convention": "sd"}),
+        ("online_steps", {"online_steps": 0}), ("seed", {"seed": -1}),
         ("online_steps", {"stage": "distill", "online_steps": 20}), ("teacher", {"teacher": plane()}),
     ],
 )  # fmt: skip
@@ -443,6 +470,34 @@ def test_text_pipeline_from_pairs_to_a_stock_pipeline(tmp_path):
     assert distilled.source.convention == CONVENTIONS["diffusers"]
     assert distilled.record()["k"] == 2
     assert distilled.sample(prompts, steps=1).shape == (3, 3, 16, 16)
+
+
+def test_sd3_pipeline(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    text = [CLIPTextModelWithProjection(tiny_clip_text_model().config) for _ in range(2)]
+    width = 2 * text[0].config.projection_dim
+    pipeline = StableDiffusion3Pipeline(
+        transformer=tiny_sd3_transformer(4, joint_attention_dim=width, pooled_projection_dim=width),
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_stable_diffusion(16).vae,
+        text_encoder=text[0], tokenizer=tiny_clip_tokenizer(), text_encoder_2=text[1],
+        tokenizer_2=tiny_clip_tokenizer(), text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    source, noise = FlowSource(pipeline), torch.randn(2, 4, 4, 4)
+    assert not source.is_diffusion
+    ours = source.solve(noise, ["a fox", "a crow"], steps=4, guidance=2.0)
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"latents": noise, "guidance_scale": 2.0, "output_type": "latent", "height": 16, "width": 16}
+    stock = pipeline(["a fox", "a crow"], sigmas=[1.0, 0.75, 0.5, 0.25], num_inference_steps=4, **arguments).images
+    torch.testing.assert_close(ours, stock, atol=1e-4, rtol=1e-4)
+    module = ReflowModule(pipeline, online_steps=2, guidance=2.0)
+    batch = {"image": torch.randn(2, 3, 16, 16), "prompt": ["a fox", "a crow"]}
+    module.training_step(batch, 0).backward()
+    module.save_pretrained(str(tmp_path))
+    without = dict.fromkeys(["text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"])
+    again = StableDiffusion3Pipeline.from_pretrained(tmp_path, **without)
+    assert all(torch.equal(v, module.model.state_dict()[k]) for k, v in again.transformer.state_dict().items())
 
 
 def test_pairs_of_a_diffusion_pipeline_are_its_own_dpm_solver(tmp_path):

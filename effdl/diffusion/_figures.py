@@ -1,0 +1,40 @@
+"""Pictures of what a flow makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effdl.diffusion._flow import Condition
+
+
+def first_rows(value: Condition, count: int) -> Condition:
+    """The first rows of a condition."""
+    if isinstance(value, dict):
+        return {name: first_rows(entry, count) for name, entry in value.items()}
+    return value if value is None else value[:count].detach()
+
+
+def on_device(value: Condition, device: torch.device) -> Condition:
+    """A condition, moved."""
+    if isinstance(value, dict):
+        return {name: entry.to(device) for name, entry in value.items()}
+    return value if value is None else value.to(device)
+
+
+def draw_samples(module: Any, noise: Tensor, condition: Condition, steps: Sequence[int], path: Path) -> Path | None:
+    """One row of images per number of Euler steps, one column per noise; ``None`` where the states are no images."""
+    condition, noise = on_device(condition, module.device), noise.to(module.device)
+    rows = [module.sample(condition, noise, steps=n) for n in steps]
+    if rows[0].dim() != 4 or rows[0].shape[1] not in (1, 3):
+        return None
+    from torchvision.utils import make_grid, save_image
+
+    grid = make_grid(torch.cat(rows).float().cpu().clamp(-1, 1), nrow=len(noise), value_range=(-1, 1), normalize=True)
+    zoom = max(1, 64 // rows[0].shape[-1])
+    save_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), path)
+    return path
