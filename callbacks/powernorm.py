@@ -137,6 +137,11 @@ class PowerNormCallback(MethodCallback):
     # ---- training --------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not any(layer.training for layer in self.layers.values()):
+            rank_zero_warn(
+                "All PowerNorm layers are in eval mode, which Lightning keeps: their statistics will stay at their "
+                "start. A model from from_pretrained() or a checkpoint needs .train() before fit."
+            )
         if self.warmup_iters == "auto":
             if self._resolved is None or trainer.global_step == 0:
                 self._resolved = scheduler_warmup(trainer)
@@ -163,7 +168,7 @@ class PowerNormCallback(MethodCallback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         first = next(iter(self.layers.values()))
-        if first.mode == "power" and int(first.iters) <= first.warmup_iters:
+        if first.training and first.mode == "power" and int(first.iters) <= first.warmup_iters:
             rank_zero_warn(
                 f"Training ended in PowerNorm's warm-up ({int(first.iters)} forwards, warmup_iters="
                 f"{first.warmup_iters}): it never used the running statistics that inference uses. Lower warmup_iters."

@@ -8,6 +8,7 @@ the norm (group scaling stays).
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from effdl.core.select import Targets, select_modules
 from effdl.core.surgery import disable_transformer_fast_path, replace_modules
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead")
+_READERS = {F.linear: (0, 1), torch.addmm: (1, 2)}  # where input and weight stand; addmm: transformers' Conv1D
+_SAME_TOKENS = (Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten)
 _QUERY_KEY_NORM = re.compile(r"(.*\.)?((q|k|query|key)_(layer_?)?norm|norm_(q|k))")
 
 
@@ -101,9 +104,10 @@ def attention_heads(model: nn.Module, name: str, features: int) -> int:
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         for module in model.get_submodule(".".join(parts[:depth])).modules():
-            heads = next((h for a in _HEADS if isinstance(h := getattr(module, a, None), int)), 0)
-            if heads > 0 and features % heads == 0:
-                return heads
+            for source, attribute in itertools.product((module, getattr(module, "config", None)), _HEADS):
+                heads = getattr(source, attribute, None)
+                if isinstance(heads, int) and heads > 0 and features % heads == 0:
+                    return heads
     raise ConfigurationError(
         f"group_num='auto': no attention near {name} whose head count divides {features}. Give group_num as an "
         "integer, or None for no group scaling."
@@ -189,16 +193,21 @@ def _coefficients(norm: PowerNorm) -> tuple[Tensor, Tensor | None]:
     return weight, None if norm.bias is None else norm.bias.detach().clone()
 
 
-def _fold_into(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+def _fold_into(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    by_input = linear.weight.data if _is_conv1d(linear) else linear.weight.data.T  # [inputs, outputs]
     if bias is not None:
-        shift = linear.weight @ bias.to(linear.weight.dtype)
+        shift = bias.to(by_input.dtype) @ by_input
         linear.bias = nn.Parameter(shift if linear.bias is None else linear.bias + shift)
-    linear.weight.mul_(weight)
+    by_input.mul_(weight.unsqueeze(1))
 
 
-def _linear_readers(model: nn.Module, example: tuple) -> dict[PowerNorm, list[nn.Linear]]:
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # transformers' Linear with the weight the other way round
+
+
+def _linear_readers(model: nn.Module, example: tuple) -> dict[PowerNorm, list[nn.Module]]:
     """Norms whose output is read by Linear layers only, each of which reads nothing else and shares no weight."""
-    linears = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    linears = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear) or _is_conv1d(m)}
     with _ReadLog(model, linears) as log:
         outputs = tree_leaves(model(*example))
     log.note_others(outputs)
@@ -214,7 +223,7 @@ def _linear_readers(model: nn.Module, example: tuple) -> dict[PowerNorm, list[nn
 class _ReadLog(TorchFunctionMode):
     """Which operation reads the output of which PowerNorm, during one forward."""
 
-    def __init__(self, model: nn.Module, linears: dict[int, nn.Linear]) -> None:
+    def __init__(self, model: nn.Module, linears: dict[int, nn.Module]) -> None:
         self.source: dict[int, PowerNorm] = {}
         self.read_elsewhere: set[PowerNorm] = set()
         self.weights_of: dict[PowerNorm, set[int]] = {}
@@ -224,22 +233,28 @@ class _ReadLog(TorchFunctionMode):
         self._hooks = [norm.register_forward_hook(self._on_norm) for norm in norms]
 
     def _on_norm(self, norm: nn.Module, _args: tuple, output: Tensor) -> None:
-        self.source[id(output)] = norm
         self.weights_of.setdefault(norm, set())
-        self._alive.append(output)
+        self._is_output(output, norm)
+
+    def _is_output(self, tensor: Tensor, norm: PowerNorm) -> None:
+        self.source[id(tensor)] = norm
+        self._alive.append(tensor)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             return result  # .shape, .dim() and the like
-        read = tree_leaves((args, kwargs))
-        if func is F.linear and len(args) > 1 and id(args[1]) in self.inputs_of:
-            norm = self.source.get(id(args[0]))
-            self.inputs_of[id(args[1])].add(norm)
+        norm = self.source.get(id(args[0])) if args else None
+        if norm is not None and func in _SAME_TOKENS and result.shape[-1] == norm.num_features:
+            self._is_output(result, norm)
+            return result
+        read, (at_input, at_weight) = list(args), _READERS.get(func, (0, len(args)))
+        if at_weight < len(args) and id(args[at_weight]) in self.inputs_of:
+            weight, norm = id(read.pop(at_weight)), self.source.get(id(read.pop(at_input)))
+            self.inputs_of[weight].add(norm)
             if norm is not None:
-                self.weights_of[norm].add(id(args[1]))
-            read = args[2:]
-        self.note_others(read)
+                self.weights_of[norm].add(weight)
+        self.note_others(tree_leaves((read, kwargs)))
         return result
 
     def note_others(self, leaves: Any) -> None:

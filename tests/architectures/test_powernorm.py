@@ -380,6 +380,20 @@ def test_huggingface_encoders_are_converted_and_folded():
     assert [m.weight is None for m in remainders] == [True, True, False]  # before q, k, v; before the MLP; the last
 
 
+def test_language_models_are_converted_and_folded():
+    from effdl.tasks.tiny import tiny_gpt2, tiny_llama
+
+    ids = torch.randint(256, (2, 6), generator=torch.Generator().manual_seed(0))
+    for model in (tiny_gpt2(), tiny_llama()):
+        powernorm_model(model, warmup_iters=2).train()
+        for _ in range(4):
+            model(input_ids=ids, labels=ids).loss.backward()
+        folded = fold_power_norm(model.eval(), ids)
+        torch.testing.assert_close(folded(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
+        remainders = [m for m in folded.modules() if isinstance(m, FoldedNorm)]
+        assert [m.weight is None for m in remainders] == [True] * 4 + [False]  # the last is sliced before the head
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_torch_encoder_leaves_its_fast_path(norm_first):
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, norm_first=norm_first)
@@ -591,6 +605,13 @@ def test_warmup_auto_needs_a_scheduler_that_tells():
 def test_training_that_ends_in_the_warmup_warns():
     with pytest.warns(UserWarning, match="warm-up"):
         fit(Net(), [PowerNormCallback(warmup_iters=100)])
+
+
+def test_layers_left_in_eval_mode_are_pointed_out():
+    module = Net()
+    module.eval()
+    with pytest.warns(UserWarning, match="in eval mode"):
+        fit(module, [PowerNormCallback(warmup_iters=4)])
 
 
 def test_sanity_check_does_not_warn_of_untrained_statistics(recwarn):
