@@ -23,7 +23,7 @@ from lightning.pytorch import Callback
 
 from effdl._cli import recipe
 from effdl._cli.engine import LAST, RecipeCLI, participants
-from effdl._cli.terminal import console
+from effdl._cli.terminal import console, rank
 from effdl.core.errors import ConfigurationError
 from effdl.core.export import product, save_model
 from effdl.core.report import (
@@ -224,9 +224,8 @@ class Watch(Callback):
 
 def claim(parent: Path) -> Path:
     """A new ``version_N``, chosen by rank 0; its child processes read it from the environment."""
-    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
-    if rank > 0:  # where no launcher of ours told us: never created, only rank 0 writes
-        return Path(os.environ.get(_FOLDER_VARIABLE) or parent / f"rank_{rank}")
+    if rank() > 0:  # where no launcher of ours told us: never created, only rank 0 writes
+        return Path(os.environ.get(_FOLDER_VARIABLE) or parent / f"rank_{rank()}")
     parent.mkdir(parents=True, exist_ok=True)
     taken = [int(p.name[8:]) for p in parent.glob("version_*") if p.name[8:].isdigit()]
     number = max(taken, default=-1) + 1

@@ -38,6 +38,8 @@ def show(name: str) -> None:
         out.print(f"from {_public_module(entry)} import {entry.name}\n", markup=False, highlight=False)
         out.print(f"{entry.name}{signature}\n", markup=False)
         out.print(text, markup=False, highlight=False)
+        if entry.concrete:
+            out.print(f"\nMixed in already, for recipes: {entry.concrete}", markup=False)
         for row, reason in entry.contract_exceptions.items():
             out.print(f"\nDoes not meet {row} of the contract: {reason}", markup=False)
     if found.slug in recipe_files():
