@@ -23,8 +23,8 @@ FORMATS = ("model", "program", "onnx")
 def export(checkpoint: str, formats: list[str], output: str | None, config: str | None) -> list[Path]:
     """Write the model of a checkpoint.
 
-    The run is set up again from the ``config.yaml`` beside the checkpoint and validated once with its weights: what a
-    method does to a model when it is loaded, replaced layers or a calibration, is done again.
+    The run is set up again from the ``config.yaml`` beside the checkpoint and validated (or tested) once with its
+    weights: what a method does to a model when it is loaded, replaced layers or a calibration, is done again.
 
     Args:
         checkpoint: file, or a run folder, whose ``last.ckpt`` is taken.
@@ -66,17 +66,24 @@ def load(stage: recipe.Stage, checkpoint: Path) -> tuple[RecipeCLI, Watch]:
     cli = RecipeCLI(stage, folder=None, trainer={**NOTHING_WRITTEN, "limit_val_batches": None})
     watch = Watch()
     cli.trainer.callbacks.insert(0, watch)
-    what = "validate" if is_overridden("validation_step", cli.model) else "test"
+    evaluate = next((name for name in ("validate", "test") if _evaluates(cli.model, name)), None)
     try:
-        getattr(cli.trainer, what)(
-            cli.model, datamodule=cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False
-        )
+        if evaluate is None:
+            cli.model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        else:
+            getattr(cli.trainer, evaluate)(
+                cli.model, datamodule=cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False
+            )
     except RuntimeError as error:
         if "load" not in str(error):
             raise
         raise ConfigurationError(f"{checkpoint} does not fit the model of its config: {error}") from error
     cli.model.cpu()
     return cli, watch
+
+
+def _evaluates(module: Any, name: str) -> bool:
+    return is_overridden("validation_step" if name == "validate" else "test_step", module)
 
 
 def _config(checkpoint: Path, given: str | None) -> Path:

@@ -52,6 +52,8 @@ class TinyMethodModule(TinyModule):
 
 
 class NoValidation(TinyModule):
+    """Only trains."""
+
     validation_step = L.LightningModule.validation_step
 
 
@@ -69,14 +71,6 @@ class TinyData(L.LightningDataModule):
         return DataLoader(TensorDataset(x, y), batch_size=8)
 
     train_dataloader = val_dataloader = test_dataloader = _loader
-
-
-class NamelessData(TinyData):
-    """Knows no number of classes from the outside."""
-
-    def __init__(self, size: int = 32) -> None:
-        super().__init__(size)
-        self.__dict__["num_classes"] = 3
 
 
 class TinyCallback(L.Callback):

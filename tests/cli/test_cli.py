@@ -302,6 +302,15 @@ def test_export_opens_without_effdl(here, capsys):
     assert "largest difference to the model 0.0e+00" in capsys.readouterr().out
 
 
+def test_export_of_a_module_that_only_trains(here, capsys):
+    assert run("--trainer.max_epochs=1", "--model=tests.cli.parts.NoValidation") == 0
+    assert main(["export", "runs/tiny/version_0"]) == 0
+    folder = here / "runs" / "tiny" / "version_0"
+    weights = [load_file(path / "model.safetensors") for path in (folder / "model", folder / "export" / "model")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert "inputs are not known" in fails(capsys, "export", "runs/tiny/version_0", "--format=program")
+
+
 def test_export_of_onnx_and_of_a_moved_checkpoint(here, capsys):
     pytest.importorskip("onnxruntime")
     assert run("--trainer.max_epochs=1") == 0
