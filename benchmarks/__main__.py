@@ -1,0 +1,50 @@
+"""``python -m benchmarks overhead|peers [--pairs N] [--batch B] [--rows NAME ...] [--no-memory] [--out FILE.json]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import overhead, peers
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time ratios, measured in pairs.")
+    parser.add_argument("what", choices=("overhead", "peers"))
+    parser.add_argument("--pairs", type=int, default=20, help="interleaved pairs of steps (default 20)")
+    parser.add_argument("--batch", type=int, default=64, help="images per step (default 64)")
+    parser.add_argument("--rows", nargs="*", metavar="NAME", help="of overhead: these methods only")
+    parser.add_argument("--no-memory", action="store_true", help="of overhead: skip the peak memory")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    args = parser.parse_args(arguments)
+    if args.pairs < 1 or args.batch < 2:
+        parser.error("--pairs must be at least 1 and --batch at least 2")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    if args.what == "overhead":
+        results = overhead.measure(args.pairs, args.batch, args.rows, not args.no_memory)
+        lines = overhead.table(results)
+    else:
+        results = peers.measure(args.pairs, args.batch)
+        lines = peers.table(results)
+    print(aligned(lines))
+    if args.out:
+        from effdl.core.report import environment, write_report
+
+        settings = {"pairs": args.pairs, "batch": args.batch}
+        write_report(args.out, {"environment": environment(), "settings": settings, "rows": results})
+    return 0
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Columns as wide as their widest cell."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,150 @@
+"""Several trainings in one process, one step each in turn: what makes the machine slow now makes all of them slow.
+
+Each run is a real ``Trainer.fit`` in a thread of its own, of which exactly one is awake. A step lasts from one
+``on_train_batch_start`` to the next: loading, forward, backward, optimizer and every callback are inside.
+
+Example::
+
+    times = race({"bare": make_bare_fit, "method": make_method_fit}, rounds=20)
+    print(ratios(times, "method", "bare"))          # {"median": 1.02, "minimum": 1.01, "pairs": 20}
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from torch import Tensor
+
+WARM_UP = 3
+
+#: Makes (module, callbacks) of one run.
+Make = Callable[[], tuple[Any, list[Any]]]
+
+
+class _Stepper(lightning.Callback):
+    """Stops its run before every step until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.go, self.arrived = threading.Semaphore(0), threading.Semaphore(0)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.arrived.release()
+        self.go.acquire()
+
+
+class _Run(threading.Thread):
+    def __init__(self, make: Make, batches: list[Any], steps: int) -> None:
+        super().__init__(daemon=True)
+        self.make, self.batches, self.steps = make, batches, steps
+        self.stepper, self.error = _Stepper(), None
+
+    def run(self) -> None:
+        try:
+            fit(*self.make(), self.batches, self.steps, self.stepper)
+        except BaseException as error:  # the main thread raises it
+            self.error = error
+        finally:
+            self.stepper.arrived.release()
+
+    def step(self) -> float:
+        """Seconds of the next step."""
+        begin = time.perf_counter()
+        self.stepper.go.release()
+        self.stepper.arrived.acquire()
+        if self.error is not None:
+            raise self.error
+        return time.perf_counter() - begin
+
+
+def fit(module: Any, callbacks: list[Any], batches: list[Any], steps: int, stepper: Any = None) -> None:
+    """So many training steps on the CPU, without logger, checkpoints and validation."""
+    trainer = lightning.Trainer(
+        max_steps=steps, callbacks=[*([stepper] if stepper else []), *callbacks], accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+
+
+def race(makers: dict[str, Make], batch: Any, rounds: int) -> dict[str, list[float]]:
+    """Seconds per step of each run; round ``i`` of one is the neighbour in time of round ``i`` of the others."""
+    batches = [batch] * (rounds + WARM_UP)
+    runs = {name: _Run(make, batches, len(batches)) for name, make in makers.items()}
+    for run in runs.values():
+        run.start()
+        run.stepper.arrived.acquire()
+        if run.error is not None:
+            raise run.error
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for index in range(len(batches)):
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(runs[name].step())
+    return {name: values[WARM_UP:] for name, values in times.items()}
+
+
+def ratios(times: dict[str, list[float]], method: str, bare: str) -> dict[str, Any]:
+    """Median and minimum over the pairs of (method's step / bare step), and the median steps in ms."""
+    pairs = [a / b for a, b in zip(times[method], times[bare])]
+    return {
+        "median": statistics.median(pairs),
+        "minimum": min(pairs),
+        "pairs": len(pairs),
+        "step_ms": 1000 * statistics.median(times[method]),
+        "bare_ms": 1000 * statistics.median(times[bare]),
+    }
+
+
+def peak_bytes(make: Make, batch: Any, steps: int = 4) -> int | None:
+    """Peak resident memory of a few steps above what the process held before, in a child process; Linux only.
+
+    Best called before any tensor was computed with here, so that the child starts small.
+    """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return None
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_measure_peak, args=(theirs, make, batch, steps), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(300) else None
+    except EOFError:
+        return None
+    finally:
+        child.kill()
+        child.join()
+
+
+def _measure_peak(pipe: Any, make: Make, batch: Any, steps: int) -> None:
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    before = _status("VmRSS")
+    fit(*make(), [batch] * steps, steps)
+    after = _status("VmHWM")
+    pipe.send(None if before is None or after is None else after - before)
+
+
+def _status(key: str) -> int | None:
+    """A line of ``/proc/self/status`` in bytes."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next((1024 * int(line.split()[1]) for line in file if line.startswith(key)), None)
+    except OSError:
+        return None
+
+
+def images(count: int, size: int = 32, classes: int = 10) -> dict[str, Tensor]:
+    """A batch as ``ImageClassifier`` and ELR take it."""
+    g = torch.Generator().manual_seed(0)
+    return {
+        "image": torch.randn(count, 3, size, size, generator=g),
+        "label": torch.randint(0, classes, (count,), generator=g),
+        "index": torch.arange(count),
+    }
