@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from effdl.core.errors import check, check_choice, check_integer
@@ -89,7 +90,7 @@ def call_network(network: nn.Module | Callable, x: Tensor, label: Tensor, condit
 
     Args:
         network: ``UNet2DModel``, ``UNet2DConditionModel``, ``SD3Transformer2DModel``, or any callable.
-        x: state ``[B, ...]``; cast to the network's own floating dtype.
+        x: state ``[B, ...]``; cast, as embeddings are, to the network's own floating dtype.
         label: time labels ``[B]``, floats.
         condition: a tensor (class labels or text embeddings), a dict of keyword arguments for the network's
             ``forward`` (``{"encoder_hidden_states": ..., "pooled_projections": ...}``), or ``None``.
@@ -98,14 +99,20 @@ def call_network(network: nn.Module | Callable, x: Tensor, label: Tensor, condit
         The raw output ``[B, ...]``.
     """
     if isinstance(network, nn.Module):
-        parameter = next((p for p in network.parameters() if p.is_floating_point()), x)
-        x = x.to(parameter.dtype)
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), x.dtype)
+        x, condition = x.to(dtype), _as_dtype(condition, dtype)
     if not kind(network):
         return network(x, label, condition)
     if isinstance(condition, Tensor):
         condition = {ARGUMENT[kind(network)]: condition}
     output = network(x, timestep=label, return_dict=False, **(condition or {}))
     return output[0]
+
+
+def _as_dtype(condition: Condition, dtype: torch.dtype) -> Condition:
+    if isinstance(condition, dict):
+        return {name: _as_dtype(value, dtype) for name, value in condition.items()}
+    return condition.to(dtype) if isinstance(condition, Tensor) and condition.is_floating_point() else condition
 
 
 class StackedDenoiser(nn.Module):

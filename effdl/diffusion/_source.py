@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effdl.core.errors import check, check_integer
 from effdl.core.export import WEIGHTS, save_safetensors
-from effdl.core.teacher import Frozen, freeze
+from effdl.core.teacher import Frozen
 from effdl.diffusion._denoiser import TimeConvention, call_network, convention_of, kind
 from effdl.diffusion._flow import Condition, Velocity, euler, guided_velocity, wide
 
@@ -56,8 +56,9 @@ class FlowSource:
             if (Path(model) / RECORD).is_file():
                 self.record = json.loads((Path(model) / RECORD).read_text())
         self.network, self.pipeline, self.scheduler = _take_apart(model)
-        for part in self._frozen():
-            freeze(part)
+        parts = self.pipeline.components if self.pipeline is not None else {}
+        beside = [part for role, part in parts.items() if isinstance(part, nn.Module) and role != self.role]
+        self._frozen = [Frozen(part) for part in beside]
         recorded = TimeConvention(*self.record["convention"]) if self.record else None
         fallback = DEFAULT_CONVENTION.get(kind(self.network), "plain")
         self.convention = convention_of(convention or recorded or fallback)
@@ -72,10 +73,6 @@ class FlowSource:
         """What the pipeline calls the network: ``"unet"`` or ``"transformer"``; ``""`` without a pipeline."""
         parts = self.pipeline.components if self.pipeline is not None else {}
         return next((role for role in ("unet", "transformer") if parts.get(role) is not None), "")
-
-    def _frozen(self) -> list[nn.Module]:
-        parts = self.pipeline.components if self.pipeline is not None else {}
-        return [part for role, part in parts.items() if isinstance(part, nn.Module) and role != self.role]
 
     @property
     def vae(self) -> nn.Module | None:
@@ -106,8 +103,8 @@ class FlowSource:
 
     def to(self, device: torch.device | str) -> None:
         """Move VAE and text encoders (the network is moved by whoever uses it)."""
-        for part in self._frozen():
-            part.to(device)
+        for part in self._frozen:
+            part.on(device)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], device: torch.device | str) -> Condition:

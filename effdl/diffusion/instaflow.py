@@ -77,8 +77,8 @@ class ReflowModule(LightningModule):
 
     Args:
         model: where the weights start: a diffusers pipeline (object, folder, hub id), a ``UNet2DModel``,
-            ``UNet2DConditionModel``, ``SD3Transformer2DModel``, or any ``network(x, label, condition)``. The student
-            is a copy; a denoising U-Net needs no new head to become a velocity.
+            ``UNet2DConditionModel``, ``SD3Transformer2DModel`` (object, folder, configuration), any ``network(x, label,
+            condition)``, or ``"tiny"``. The student is a copy; a denoising U-Net needs no new head for a velocity.
         stage: ``"flow"``, ``"reflow"`` or ``"distill"``.
         teacher: for ``online_steps``, of the same kinds; ``None``: ``model`` as it was given, frozen.
         convention: how the network counts time, a name in ``CONVENTIONS`` or a ``TimeConvention``; ``None``: as its
@@ -125,7 +125,7 @@ class ReflowModule(LightningModule):
 
     def __init__(
         self,
-        model: nn.Module | dict[str, Any] | str,
+        model: nn.Module | dict[str, Any] | str = "tiny",
         stage: Literal["flow", "reflow", "distill"] = "reflow",
         teacher: nn.Module | dict[str, Any] | str | None = None,
         convention: str | TimeConvention | None = None,

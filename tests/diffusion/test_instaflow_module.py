@@ -117,6 +117,9 @@ def test_stock_networks_and_any_callable():
         assert source.convention.denoiser(network)(x, t, condition).shape == x.shape
         assert source.shape in (shape, None)
     assert seen[0].tolist() == [0.0, 0.5]
+    half = tiny_stable_diffusion(16).unet.bfloat16()
+    out = CONVENTIONS["instaflow"].denoiser(half)(torch.randn(2, 4, 4, 4), t, torch.randn(2, 16, 32))
+    assert out.dtype == torch.float32
     with pytest.raises(ConfigurationError, match="model"):
         TimeConvention().denoiser(lambda x, t, c: x[:, :1])(torch.zeros(2, 2), t, None)
 
