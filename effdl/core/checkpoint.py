@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def fold_checkpoints(
         kept = {}
         for key in MODEL_STATES:
             if key in checkpoint:
-                checkpoint[key] = dict(checkpoint[key])
+                checkpoint[key] = copy.copy(checkpoint[key])  # with its _metadata: the versions of the layers
                 kept[key] = fold(checkpoint[key])
         checkpoint.setdefault("effdl", {})[slug] = kept
 

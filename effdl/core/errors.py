@@ -53,7 +53,7 @@ def check_choice(argument: str, value: Any, choices: Iterable[Any]) -> None:
 
 def suggest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """``"Did you mean 'a', 'b'?"``, or an empty string when nothing is near."""
-    near = difflib.get_close_matches(str(name), [str(c) for c in candidates], n=count, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), list(dict.fromkeys(map(str, candidates))), n=count, cutoff=0.5)
     return f"Did you mean {', '.join(map(repr, near))}?" if near else ""
 
 

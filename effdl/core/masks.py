@@ -153,10 +153,10 @@ class MaskStore:
             if isinstance(value, Tensor):
                 sharing.setdefault(value.data_ptr(), []).append(key)
         kept = {}
-        for name, mask in self.masks.items():
+        for name in self.masks:
             if name in state:
                 raw = state[name]
-                masked = raw * mask.to(device=raw.device, dtype=raw.dtype)
+                masked = self.masked(name, raw)
                 for key in [k for k in sharing[raw.data_ptr()] if state[k].shape == raw.shape]:
                     kept[key], state[key] = raw, masked
         return kept
@@ -176,13 +176,21 @@ class MaskStore:
                 raise ConfigurationError(
                     f"the checkpoint has a mask for {name} of shape {packed['shape']}; this run selects no such weight."
                 )
+        for name, packed in state.items():
             self.set(name, unpack(packed))
 
-    def sparsity(self) -> Tensor:
-        """Share of zeros among the selected weights, measured; a tensor, so that asking costs no host sync."""
-        datas = [w.data for w in self.weights.values()]
-        zeros = torch.stack([(d == 0).sum() for d in datas]).sum()
-        return zeros / sum(d.numel() for d in datas)
+    def masked(self, name: str, raw: Tensor) -> Tensor:
+        """A weight as the network sees it: ``raw`` times its mask, if it has one by now."""
+        mask = self.masks.get(name)
+        return raw if mask is None else raw * mask.to(device=raw.device, dtype=raw.dtype)
+
+    def sparsity(self, masked: bool = False) -> Tensor:
+        """Share of zeros among the selected weights (``masked``: as seen through their masks), measured.
+
+        A tensor, so that asking costs no host sync.
+        """
+        seen = [self.masked(name, w.data) if masked else w.data for name, w in self.weights.items()]
+        return torch.stack([(s == 0).sum() for s in seen]).sum() / sum(s.numel() for s in seen)
 
     def report(self) -> dict[str, dict[str, float]]:
         """``{weight: {"numel": N, "nonzero": nnz, "sparsity": share of zeros}}``, counted."""

@@ -126,7 +126,8 @@ def measure(model: nn.Module, args: tuple | None = None, kwargs: Mapping[str, An
 class ForwardProbe:
     """Remembers one example of what a network is called with next, inside somebody else's training.
 
-    ``inputs`` is ``(args, kwargs)``, cut to one example and copied; ``None`` until a forward was seen.
+    ``inputs`` is ``(args, kwargs)``, cut to one example and copied; ``None`` until a forward was seen. A forward that
+    is being compiled is not looked at: that would break its graph.
 
     Example::
 
@@ -140,6 +141,8 @@ class ForwardProbe:
         self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, _model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
         # copies, which no graph and no later step can change
         cut = first_example((args, kwargs))
         self.inputs = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, cut)

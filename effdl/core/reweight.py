@@ -42,6 +42,12 @@ def reweight(module: nn.Module, attribute: str, transform: Transform) -> Handle:
     return Handle(lambda: _remove(module, attribute, transform))
 
 
+def reweight_everywhere(root: nn.Module, parameter: nn.Parameter, transform: Transform) -> list[Handle]:
+    """:func:`reweight` under every name that a tied parameter has below ``root``."""
+    places = [(m, name) for m in root.modules() for name, p in m._parameters.items() if p is parameter]
+    return [reweight(module, name, transform) for module, name in places]
+
+
 def raw(module: nn.Module, attribute: str) -> nn.Parameter:
     """The registered parameter behind a reweighted attribute."""
     return module._parameters[attribute]  # type: ignore[return-value]

@@ -38,15 +38,22 @@ def check_targets(argument: str, targets: Targets) -> None:
 
 
 def matches(name: str, module: nn.Module, target: Target) -> bool:
-    """Whether a module fits one target. A glob also matches below any prefix: ``layer1.*`` fits ``model.layer1.0``.
+    """Whether a module fits one target: a type, a glob of its name (:func:`named`) or the name of its class.
 
     A string without ``.`` or wildcard that is a class name of the module's MRO counts as that type (for YAML).
     """
     if isinstance(target, type):
         return isinstance(module, target)
-    if fnmatch.fnmatchcase(name, target) or fnmatch.fnmatchcase(name, f"*.{target}"):
-        return True
-    return any(cls.__name__ == target for cls in type(module).__mro__[:-1])
+    return named(target, name) or any(cls.__name__ == target for cls in type(module).__mro__[:-1])
+
+
+def named(pattern: str, name: str) -> bool:
+    """Whether a name fits a glob, also below any prefix: ``layer1.*`` fits ``model.layer1.0``.
+
+    ``torch.compile`` puts ``_orig_mod`` into the names of what it wraps; the pattern may leave it out.
+    """
+    plain = ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return any(fnmatch.fnmatchcase(n, p) for n in {name, plain} for p in (pattern, f"*.{pattern}"))
 
 
 def select_modules(
@@ -159,13 +166,15 @@ def select_weights(
 ) -> list[Weight]:
     """Weight tensors of the selected layers (Linear, convolutions, Embedding, attention, recurrent, HF ``Conv1D``).
 
-    A tensor shared by several layers appears once. Tensors with fewer than ``min_numel`` entries are left out.
+    A tensor shared by several layers appears once; not at all, where one of the layers is excluded. Tensors with fewer
+    than ``min_numel`` entries are left out.
 
     Raises:
         ConfigurationError: nothing matched, or a matched weight is on the meta device or sharded.
     """
     found: list[Weight] = []
-    seen: set[int] = set()
+    left_out = [m for n, m in root.named_modules() if n and any(matches(n, m, t) for t in as_list(exclude))]
+    seen = {id(parameter) for module in left_out for parameter in module.parameters()}
     for name, module in select_modules(root, targets, exclude, WEIGHTED).items():
         for attribute in weight_names(module):
             weight = Weight(f"{name}.{attribute}", module, attribute)

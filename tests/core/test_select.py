@@ -73,6 +73,20 @@ def test_weights_of_every_kind_of_layer_and_tied_ones_once():
     assert {w.name for w in select_weights(Net(), min_numel=100)} < found
 
 
+def test_a_tied_weight_excluded_under_one_name_is_excluded():
+    for name in ("embedding", "head"):
+        assert not {w.name for w in select_weights(Net(), exclude=name)} & {"embedding.weight", "head.weight"}
+
+
+def test_a_compiled_networks_layers_go_by_their_own_names():
+    model = nn.ModuleDict({"net": torch.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))})
+    for pattern in ("net.1", "1", "net._orig_mod.1", "n*.1"):
+        assert list(select_modules(model, pattern)) == ["net._orig_mod.1"]
+    assert [w.name for w in select_weights(model, "net")] == ["net._orig_mod.0.weight", "net._orig_mod.1.weight"]
+    with pytest.raises(ConfigurationError, match=r"Did you mean 'net'\?"):
+        select_modules(model, "nets")
+
+
 def test_transposed_weights():
     weights = {w.name: w for w in select_weights(nn.ModuleDict({"a": Conv1D(6, 8), "b": nn.Linear(8, 6),
                                                                "c": nn.ConvTranspose2d(4, 2, 3)}))}  # fmt: skip
