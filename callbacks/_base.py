@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from effdl.core.errors import ConfigurationError
 from effdl.core.paper import Paper
 from effdl.core.steps import Handle, wrap
 
@@ -32,8 +35,9 @@ class MethodCallback(Callback):
     @property
     def state_key(self) -> str:
         """Slug and a hash of the arguments: two instances with different settings keep different states."""
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        text = repr([(name, _stable(getattr(self, name, None))) for name in names])
+        makers = [cls for cls in type(self).__mro__ if issubclass(cls, MethodCallback) and "__init__" in vars(cls)]
+        names = {name for cls in makers for name in list(inspect.signature(cls.__init__).parameters)[1:]}
+        text = repr([(name, _stable(getattr(self, name, None))) for name in sorted(names)])
         return f"{self.slug}-{hashlib.sha1(text.encode()).hexdigest()[:8]}"
 
     def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -50,6 +54,23 @@ class MethodCallback(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.undo()
+
+    def same_arguments_on_resume(self, trainer: Any, pl_module: Any) -> Handle:
+        """Refuse, before weights are loaded, a checkpoint whose state belongs to this method with other arguments.
+
+        Lightning finds no state under this key then, and the method would start again on a run that is half-way.
+        """
+
+        def check_origin(call_next: Callable, checkpoint: dict[str, Any]) -> None:
+            saved = {key for key in checkpoint.get("callbacks", {}) if key.rpartition("-")[0] == self.slug}
+            if self.state_key not in saved and saved - {other.state_key for other in trainer.callbacks}:
+                raise ConfigurationError(
+                    f"ckpt_path: the checkpoint is of a run with other arguments of {type(self).__name__}. Resume with "
+                    "the same ones, or start anew: load its state_dict into the module, and fit without ckpt_path."
+                )
+            call_next(checkpoint)
+
+        return wrap(pl_module, "on_load_checkpoint", check_origin)
 
     def keep(self, handles: Handle | Iterable[Handle]) -> None:
         """Remember what must be undone (anything with ``remove()``)."""
@@ -70,13 +91,16 @@ class MethodCallback(Callback):
 
 
 def _stable(value: Any) -> Any:
-    """A value's identity that is the same in the next process (no addresses)."""
-    if isinstance(value, nn.Module):
-        return type(value).__qualname__
-    if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    """A value's identity that is the same in the next process: no addresses, no order of a set."""
+    if isinstance(value, partial):
+        return [_stable(value.func), _stable(value.args), _stable(value.keywords)]
     if isinstance(value, dict):
         return sorted((str(k), _stable(v)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return [_stable(v) for v in value]
-    return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__qualname__
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, map(_stable, value)))
+    if hasattr(value, "__qualname__"):  # functions and classes
+        return f"{value.__module__}.{value.__qualname__}"
+    text = "" if isinstance(value, nn.Module) else repr(value)
+    return type(value).__qualname__ if not text or re.search("0x[0-9a-f]{6,}", text) else text

@@ -1,4 +1,4 @@
-"""What a pruning callback tells at the end, of any mask store."""
+"""What a pruning callback tells of any mask store: warnings on the way, the report at the end."""
 
 from __future__ import annotations
 
@@ -6,11 +6,40 @@ import copy
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from effdl.compression.gradual_pruning import storage_bits
 from effdl.core.calibrate import to_device
 from effdl.core.masks import MaskStore
 from effdl.core.report import ForwardProbe, latencies_ms
+
+
+def warn_of_frozen(store: MaskStore) -> None:
+    """Name the weights that are pruned and do not train."""
+    frozen = [name for name, weight in store.weights.items() if not weight.parameter.requires_grad]
+    if frozen:
+        rank_zero_warn(
+            f"{len(frozen)} weights to be pruned are frozen and cannot heal: {', '.join(frozen[:3])}"
+            f"{', ...' if len(frozen) > 3 else ''}. Name their layers in exclude to keep them dense."
+        )
+
+
+def warn_of_spent_rate(first: float, now: float) -> None:
+    """At the end of the ramp: the learning rate had decayed before it."""
+    if now < 0.01 * first:
+        rank_zero_warn(
+            f"The learning rate fell from {first:g} to {now:g} while pruning: the network cannot heal. "
+            "Let stop come earlier, or the schedule decay later."
+        )
+
+
+def warn_of_early_end(step: int, end: int, reached: float, final: float) -> None:
+    """At the end of training: the ramp had not ended."""
+    if step < end:
+        rank_zero_warn(
+            f"Training stopped at step {step} before stop (step {end}): only {reached:.3f} of sparsity {final:.3f} "
+            "reached."
+        )
 
 
 def pruning_report(store: MaskStore) -> dict[str, Any]:

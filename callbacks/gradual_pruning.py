@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
+from effdl.callbacks import _mask_report
 from effdl.callbacks._base import MethodCallback
-from effdl.callbacks._mask_report import columns, pruning_report
 from effdl.compression.gradual_pruning import (
     Granularity,
     SparsitySchedule,
     check_patterns,
     check_sparsity,
     divisible,
+    layer_shares,
     magnitude_masks,
-    named,
 )
 from effdl.core.checkpoint import fold_checkpoints
 from effdl.core.contract import ContractExample
@@ -27,10 +26,10 @@ from effdl.core.export import product
 from effdl.core.masks import MaskStore
 from effdl.core.paper import Paper
 from effdl.core.report import ForwardProbe, measure
-from effdl.core.reweight import reweight
+from effdl.core.reweight import reweight_everywhere
 from effdl.core.schedules import Point, check_point, resolve_point
-from effdl.core.select import Targets, Weight, check_targets, select_weights
-from effdl.core.steps import Handle, after_optimizer_step, wrap
+from effdl.core.select import Targets, check_targets, select_weights
+from effdl.core.steps import after_optimizer_step, wrap
 from effdl.core.surgery import when_built
 
 
@@ -40,7 +39,7 @@ class PruningCallback(MethodCallback):
     In place, behind each optimizer step: the module's parameters, names and checkpoints stay its own, with exact zeros.
     Works with any optimizer and precision, accumulation, DDP, ``torch.compile`` and ``WeightAveraging``; a resumed run
     ends in the same bits. Cost: below 3 % of a step. It needs training left after ``stop`` to heal, at a learning rate
-    that has not yet decayed.
+    that has not yet decayed. With several optimizers (manual optimisation) the steps of the first one count.
 
     Args:
         sparsity: final share of zeros s_f in each tensor, in [0, 1); ``None`` only for N:M.
@@ -61,8 +60,8 @@ class PruningCallback(MethodCallback):
         min_numel: smaller tensors stay dense.
 
     Raises:
-        ConfigurationError: an argument outside its range; nothing matched; manual ``optimizer`` objects without
-            step hooks; a fraction of a run of unknown length.
+        ConfigurationError: an argument outside its range; nothing matched; ``optimizer`` objects without step hooks;
+            a fraction of a run of unknown length; ``ckpt_path`` of a run that pruned with other arguments.
         RuntimeError: NaN or infinity in a weight when it is ranked.
 
     Logs ``gradual-pruning/sparsity`` (measured) and ``gradual-pruning/target`` at each update.
@@ -119,22 +118,29 @@ class PruningCallback(MethodCallback):
         self.granularity, self.scope, self.pooling = granularity, scope, pooling
         self.layer_sparsity, self.retain = layer_sparsity, retain
         self.targets, self.exclude, self.min_numel = targets, exclude, min_numel
-        self.step = 0
-        self.schedule: SparsitySchedule | None = None
         self.store: MaskStore | None = None
-        self.dense: dict[str, Any] = {}
         self._saved: dict[str, Any] | None = None
-        self._unlogged: dict[str, float] = {}
-        self._probe: ForwardProbe | None = None
-        self._first_rate = 0.0
+        self._begin()
 
     # ---- attaching -------------------------------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        self.step, self._first_rate = 0, 0.0
+        self.schedule: SparsitySchedule | None = None
+        self.dense: dict[str, Any] = {}
+        self._unlogged: dict[str, float] = {}
+        self._probe: ForwardProbe | None = None
+
     def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
+            # a Trainer that goes on (fit called again) goes on with its masks
+            self._saved = self.state_dict() if trainer.global_step else None
+            self._begin()
             self.keep(when_built(pl_module, lambda: self._select(pl_module)))
-            self.keep(fold_checkpoints(pl_module, self.state_key, self._fold, _unfold))
-            # the module's hooks run after all callbacks', so after WeightAveraging put its dense average in
+            self.keep(fold_checkpoints(pl_module, self.state_key, self._fold, lambda state, kept: state.update(kept)))
+            self.keep(self.same_arguments_on_resume(trainer, pl_module))
+            # the module's hooks run after all callbacks', so after WeightAveraging or SWA put a dense average in
+            self.keep(wrap(pl_module, "on_train_epoch_start", self._then_remask))
             self.keep(wrap(pl_module, "on_validation_epoch_start", self._then_remask))
             self.keep(wrap(pl_module, "on_train_end", self._then_finish))
 
@@ -145,24 +151,19 @@ class PruningCallback(MethodCallback):
         check_patterns(self.layer_sparsity, weights)
         self.store = MaskStore(weights)
         if self.retain:
-            self.keep([self._see_through(weight) for weight in weights])
+            for weight in weights:
+                self.keep(reweight_everywhere(pl_module, weight.parameter, self._see_through(weight.name)))
 
-    def _see_through(self, weight: Weight) -> Handle:
-        def masked(raw: torch.Tensor) -> torch.Tensor:
-            mask = self.store.masks.get(weight.name) if self.store else None
-            return raw if mask is None else raw * mask.to(device=raw.device, dtype=raw.dtype)
-
-        return reweight(weight.module, weight.attribute, masked)
+    def _see_through(self, name: str) -> Callable[[Tensor], Tensor]:
+        store = self.store  # a closure: a deep copy of the module must not copy the callback
+        return lambda raw: store.masked(name, raw)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._saved is None and trainer.global_step == 0:
-            self.step, self.schedule, self.dense = 0, None, {}
-        elif self._saved is not None:
+        if self._saved is not None:
             self._restore(self._saved)
         self.keep(after_optimizer_step(trainer, lambda opt: self._after_step(trainer, opt), type(self).__name__))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._saved = None
         if self.schedule is None:
             self.schedule = self._resolve(trainer)
         self._project()
@@ -187,61 +188,39 @@ class PruningCallback(MethodCallback):
         self.store.apply_to_gradients_()
 
     def _after_step(self, trainer: Any, optimizer: Any) -> None:
-        if optimizer is trainer.optimizers[0]:
-            self.step += 1
         # masked weights have no gradient and no momentum, but a foreign optimizer or callback may still move them
         self._project()
-        if optimizer is trainer.optimizers[-1] and self.schedule.is_update(self.step):
-            self._update(trainer)
+        if optimizer is trainer.optimizers[0]:
+            self.step += 1
+            if self.schedule.is_update(self.step):
+                self._update(trainer)
 
     def _update(self, trainer: Any) -> None:
         """Masks from the current weights; weights and momentum under them are zeroed."""
         weights = list(self.store.weights.values())
-        check_equal_on_ranks(torch.stack([w.data.double().sum() for w in weights]), "a weight to be pruned")
+        check_equal_on_ranks((w.data for w in weights), "a weight to be pruned")
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
         if self.step == self.schedule.begin:
-            self._first_rate = trainer.optimizers[0].param_groups[0]["lr"]
-        target = self.schedule.sparsity(self.step)
-        masks = magnitude_masks(
-            weights,
-            {w.name: self._share(w.name, target) for w in weights},
-            granularity=self.granularity,
-            scope=self.scope,
-            pooling=self.pooling,
-        )
-        for name, mask in masks.items():
+            self._first_rate = rate
+            _mask_report.warn_of_frozen(self.store)
+        shares = layer_shares(weights, self.schedule, self.step, self.layer_sparsity)
+        form = {"granularity": self.granularity, "scope": self.scope, "pooling": self.pooling}
+        for name, mask in magnitude_masks(weights, shares, **form).items():
             self.store.set(name, mask)
         self._project()
         if not self.retain:
             for optimizer in trainer.optimizers:
                 self.store.apply_to_moments_(optimizer)
-        self._unlogged = {f"{self.slug}/sparsity": self._measured(), f"{self.slug}/target": target}
+        self._unlogged = {
+            f"{self.slug}/sparsity": float(self.store.sparsity(masked=self.retain)),
+            f"{self.slug}/target": self.schedule.sparsity(self.step),
+        }
         if self.step == self.schedule.end:
-            self._warn_of_spent_rate(trainer)
-
-    def _share(self, name: str, target: float) -> float:
-        """The ramp of this tensor: the common one, scaled to its own final sparsity."""
-        final = next((s for p, s in (self.layer_sparsity or {}).items() if named(p, name)), None)
-        if final is None or self.schedule.final == 0:
-            return target if final is None else final
-        return final * target / self.schedule.final
+            _mask_report.warn_of_spent_rate(self._first_rate, rate)
 
     def _project(self) -> None:
         if not self.retain:
             self.store.apply_()
-
-    def _measured(self) -> float:
-        if not self.retain:
-            return float(self.store.sparsity())
-        kept = sum(float((m != 0).sum()) for m in self.store.masks.values())
-        return 1 - kept / sum(w.data.numel() for w in self.store.weights.values())
-
-    def _warn_of_spent_rate(self, trainer: Any) -> None:
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        if rate < 0.01 * self._first_rate:
-            rank_zero_warn(
-                f"The learning rate fell from {self._first_rate:g} to {rate:g} while pruning: the network cannot heal. "
-                "Let stop come earlier, or the schedule decay later."
-            )
 
     # ---- logging and validation --------------------------------------------------------------------------------
 
@@ -273,11 +252,9 @@ class PruningCallback(MethodCallback):
     def _then_finish(self, call_next: Callable, *args: Any) -> None:
         call_next(*args)
         self.store.apply_()  # with retain too: the finished model holds zeros
-        if self.schedule is not None and self.step < self.schedule.end:
-            rank_zero_warn(
-                f"Training stopped at step {self.step} before stop (step {self.schedule.end}): only "
-                f"{self._measured():.3f} of sparsity {self.schedule.final:.3f} reached."
-            )
+        if self.schedule is not None:
+            reached, ramp = float(self.store.sparsity()), self.schedule
+            _mask_report.warn_of_early_end(self.step, ramp.end, reached, ramp.final)
 
     # ---- state and report --------------------------------------------------------------------------------------
 
@@ -314,7 +291,8 @@ class PruningCallback(MethodCallback):
         """
         if self.store is None:
             raise ConfigurationError("report() needs a fit: nothing was pruned yet.")
-        return {"steps": self.step, **pruning_report(self.store), **columns(self.dense, self._probe)}
+        told = _mask_report.pruning_report(self.store)
+        return {"steps": self.step, **told, **_mask_report.columns(self.dense, self._probe)}
 
     @classmethod
     def contract_example(cls) -> ContractExample:
@@ -338,7 +316,3 @@ class PruningCallback(MethodCallback):
                 "min_numel": 0,
             },
         )
-
-
-def _unfold(state: dict[str, Any], kept: dict[str, Any]) -> None:
-    state.update(kept)

@@ -9,11 +9,10 @@ At each of the n + 1 updates the k = max(1, round(N (1 - s))) largest |W| of a t
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from effdl.core.errors import ConfigurationError, check, check_integer, check_number, suggest
 from effdl.core.masks import block_mask, channel_mask, global_top_k_masks, keep_count, n_m_mask, top_k_mask
-from effdl.core.select import Weight
+from effdl.core.select import Weight, named
 
 
 @dataclass(frozen=True)
@@ -197,9 +196,16 @@ def check_sparsity(sparsity: Any, initial: Any, unit: Granularity, layers: dict[
         check_number(f"layer_sparsity[{pattern!r}]", share, 0, 1, closed="[)")
 
 
-def named(pattern: str, name: str) -> bool:
-    """Whether a weight's name fits a glob, also below any prefix."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+def layer_shares(
+    weights: Sequence[Weight], ramp: SparsitySchedule, step: int, layers: dict[str, float] | None = None
+) -> dict[str, float]:
+    """Each weight's share of zeros at a step: the ramp, scaled to end at the weight's own sparsity in ``layers``."""
+
+    def scaled(final: float) -> SparsitySchedule:
+        return replace(ramp, initial=ramp.initial * (final / ramp.final) if ramp.final else 0.0, final=final)
+
+    own = {w.name: next((s for p, s in (layers or {}).items() if named(p, w.name)), ramp.final) for w in weights}
+    return {name: scaled(final).sparsity(step) for name, final in own.items()}
 
 
 def check_patterns(layers: dict[str, float] | None, weights: Sequence[Weight]) -> None:

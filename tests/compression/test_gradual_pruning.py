@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from effdl.callbacks import PruningCallback
-from effdl.compression.gradual_pruning import SparsitySchedule, magnitude_masks, storage_bits, to_sparse
+from effdl.compression.gradual_pruning import SparsitySchedule, layer_shares, magnitude_masks, storage_bits, to_sparse
 from effdl.core.errors import ConfigurationError
 from effdl.core.masks import MaskStore, global_top_k_masks, keep_count, pack, top_k_mask, unpack
 from effdl.core.select import select_weights
@@ -52,7 +53,8 @@ def data(batches=8, size=6, width=12):
 def fit(module, callbacks, epochs=3, val=None, ckpt_path=None, **kwargs):
     trainer = Trainer(
         max_epochs=epochs, callbacks=callbacks, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), **kwargs,
+        enable_model_summary=False, enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        **kwargs,
     )  # fmt: skip
     trainer.fit(module, data(), val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return trainer
@@ -317,6 +319,15 @@ def test_layer_sparsity_overrides_and_exclude():
     assert shares["model.2.weight"] == pytest.approx(0.5, abs=0.01)
     fit(module := Net(), [PruningCallback(0.9, start=0, stop=8, every=2, exclude="model.2")])
     assert zeros(module)["model.2.weight"] == 0
+
+
+def test_shares_of_layers_that_end_elsewhere():
+    weights = [SimpleNamespace(name=name) for name in ("fc.weight", "conv.weight")]
+    ramp = SparsitySchedule(0.2, 0.8, begin=0, updates=2, frequency=10)
+    assert layer_shares(weights, ramp, 0, {"fc.*": 0.4}) == {"fc.weight": pytest.approx(0.1), "conv.weight": 0.2}
+    assert layer_shares(weights, ramp, 20, {"fc.*": 0.4}) == {"fc.weight": 0.4, "conv.weight": 0.8}
+    dense = SparsitySchedule(0.0, 0.0, begin=0, updates=2, frequency=10)  # but for the layer that is named
+    assert layer_shares(weights, dense, 10, {"fc.*": 0.4}) == {"fc.weight": pytest.approx(0.35), "conv.weight": 0.0}
 
 
 def test_layers_built_in_configure_model():
