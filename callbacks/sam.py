@@ -37,7 +37,8 @@ class SAMCallback(MethodCallback):
     On clean data that the plain optimizer fits to zero loss, expect no gain.
 
     Args:
-        rho: radius of the perturbation, >= 0, in units of ``||w||``'s; 0 is the plain optimizer, bit for bit.
+        rho: radius of the perturbation, >= 0: its Euclidean length over all weights. 0 is the plain optimizer, bit for
+            bit.
         adaptive: ASAM: elementwise in units of ``|w|``; ``rho`` about ten times larger.
         interval: a SAM step every ``interval``-th optimizer step, plain ones between.
         sync_perturbation: under DDP one ``e`` from the gradient averaged over ranks. The paper's (``False``): each rank

@@ -107,7 +107,7 @@ class SharpnessCallback(MethodCallback):
             self._measure(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.enable_validation and self._due(trainer):
+        if not (trainer.enable_validation and any(trainer.num_val_batches)) and self._due(trainer):
             self._measure(trainer, pl_module)
 
     def _due(self, trainer: Any) -> bool:

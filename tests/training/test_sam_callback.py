@@ -333,6 +333,20 @@ def test_a_skipped_batch_skips_both_passes():
     assert len(module.losses) == 6
 
 
+def test_a_compiled_model_is_compiled_once():
+    class Quiet(Net):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module = Quiet()
+    module.model = torch.compile(module.model, backend="eager")
+    fit(module, SAMCallback(0.3))
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 1
+    assert torch.allclose(weights(module), weights(by_hand(Net(), batches(), 0.3)), atol=1e-6)
+
+
 def test_frozen_parameters_do_not_move():
     module = Net()
     module.model[0].requires_grad_(False)

@@ -165,9 +165,14 @@ def test_default_blocks_are_first_middle_and_last_trainable():
 
 
 def test_without_validation_and_validation_alone():
-    sharpness = SharpnessCallback(trace_samples=0)
-    fit(Net(), sharpness, val=False)
-    assert [row["step"] for row in sharpness.rows] == [3, 6]
+    class NoData(Net):
+        def val_dataloader(self):
+            return []
+
+    for module, kwargs in [(Net(), {}), (NoData(), {}), (NoData(), {"limit_val_batches": 0})]:
+        sharpness = SharpnessCallback(trace_samples=0)
+        fit(module, sharpness, val=False, **kwargs)
+        assert [row["step"] for row in sharpness.rows] == [3, 6]
     alone = SharpnessCallback(trace_samples=0)
     Trainer(accelerator="cpu", callbacks=[alone], logger=False, enable_progress_bar=False).validate(Net(), loader())
     assert len(alone.rows) == 1
