@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effdl.core.errors import check, check_integer
 from effdl.core.export import WEIGHTS, save_safetensors
+from effdl.core.random import generator
 from effdl.core.teacher import Frozen
 from effdl.diffusion._denoiser import TimeConvention, call_network, convention_of, kind
 from effdl.diffusion._flow import Condition, Velocity, euler, guided_velocity, wide
@@ -100,6 +101,13 @@ class FlowSource:
         if size is None:
             return None
         return (config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    def noise(self, condition: Any, seed: int) -> Tensor:
+        """x0 for each of the conditions (one for ``None``), drawn on the CPU: the same on every machine."""
+        check(self.shape is not None, "noise", None, "a tensor [B, ...]: the network has no sample_size")
+        first = next(iter(condition.values())) if isinstance(condition, dict) else condition
+        shape = (1 if first is None else len(first), *self.shape)
+        return torch.randn(shape, generator=generator(seed))
 
     def to(self, device: torch.device | str) -> None:
         """Move VAE and text encoders (the network is moved by whoever uses it)."""

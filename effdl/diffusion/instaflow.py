@@ -23,7 +23,6 @@ from effdl.core.batch import unpack
 from effdl.core.contract import ContractExample
 from effdl.core.errors import check, check_choice, check_integer, check_number
 from effdl.core.paper import Paper
-from effdl.core.random import generator
 from effdl.core.teacher import Frozen
 from effdl.diffusion._denoiser import CONVENTIONS, StackedDenoiser, TimeConvention
 from effdl.diffusion._draws import Draws
@@ -82,13 +81,14 @@ class ReflowModule(LightningModule):
         stage: ``"flow"``, ``"reflow"`` or ``"distill"``.
         teacher: for ``online_steps``, of the same kinds; ``None``: ``model`` as it was given, frozen.
         convention: how the network counts time, a name in ``CONVENTIONS`` or a ``TimeConvention``; ``None``: as its
-            folder records, else ``"instaflow"`` for U-Nets, ``"diffusers"`` for SD3, ``"plain"`` for other networks.
+            folder records, else ``"instaflow"`` for U-Nets, ``"diffusers"`` for SD3, ``"plain"`` for other networks. A
+            saved pipeline is sampled by the stock one under ``"diffusers"``, by ``instaflow_one_step`` under the first.
         steps: network calls per image, N of :meth:`sample`; in stage distill also K: the net is valid at this N only.
         eps: smallest t; ``None``: 1e-3, and 0 in stage distill, whose net is called at exactly t = k/K.
         distance: ``"l2"``, or in stage distill with one step ``"lpips"`` or any differentiable
             ``distance(images, targets)`` on decoded images in [-1, 1]. The paper: L2 first, then LPIPS in a second run.
         online_steps: in stage reflow, integrate the teacher with so many Euler steps (20 is common) inside the training
-            step instead of reading pairs; a batch gives the conditions, its images only their number.
+            step instead of reading pairs; a batch gives the conditions (``prompt``, or images and ``label``).
         guidance: alpha of that teacher.
         seed: of times and noise, which are functions of (seed, epoch, batch), drawn for the global batch.
         optimizer, scheduler: as LightningCLI injects them. The paper: AdamW 1e-5 for Stable Diffusion (unverified).
@@ -217,6 +217,9 @@ class ReflowModule(LightningModule):
             check("x0" in keys and "x1" in keys, "batch", keys, f"x0, x1 and condition in stage {self.stage}",
                   "Make pairs with ReflowPairs.")  # fmt: skip
             return batch["x0"], batch["x1"], self._condition(batch, batch.get("condition"))
+        if self.teacher is not None and isinstance(batch, Mapping) and "prompt" in batch:
+            x0, condition = draws.noise((len(batch["prompt"]), *self.source.shape)), self._condition(batch, None)
+            return x0, self.teacher(x0, condition), condition
         images, labels, _ = unpack(batch)
         x1 = self.source.latents(images, draws.stream(2))
         x0, condition = draws.noise(x1.shape).to(x1.dtype), self._condition(batch, labels)
@@ -252,11 +255,7 @@ class ReflowModule(LightningModule):
             text = f"steps={steps}: this network was distilled for steps={self.steps} and is valid there only."
             check(not strict, "steps", steps, f"steps={self.steps}", text)
             warnings.warn(text, stacklevel=2)
-        if noise is None:
-            check(self.source.shape is not None, "noise", None, "a tensor [B, ...]: the network has no sample_size")
-            first = next(iter(condition.values())) if isinstance(condition, dict) else condition
-            shape = (1 if first is None else len(first), *self.source.shape)
-            noise = torch.randn(shape, generator=generator(seed)).to(self.device)
+        noise = self.source.noise(condition, seed).to(self.device) if noise is None else noise
         training = self.model.training
         self.model.eval()
         try:

@@ -495,8 +495,7 @@ def test_sd3_pipeline(tmp_path):
     stock = pipeline(["a fox", "a crow"], sigmas=[1.0, 0.75, 0.5, 0.25], num_inference_steps=4, **arguments).images
     torch.testing.assert_close(ours, stock, atol=1e-4, rtol=1e-4)
     module = ReflowModule(pipeline, online_steps=2, guidance=2.0)
-    batch = {"image": torch.randn(2, 3, 16, 16), "prompt": ["a fox", "a crow"]}
-    module.training_step(batch, 0).backward()
+    module.training_step({"prompt": ["a fox", "a crow"]}, 0).backward()  # no images are needed
     module.save_pretrained(str(tmp_path))
     without = dict.fromkeys(["text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"])
     again = StableDiffusion3Pipeline.from_pretrained(tmp_path, **without)
