@@ -15,28 +15,14 @@ import pytest
 
 from effdl.core import hub
 from effdl.core.errors import ConfigurationError
+from tests.support import unreachable_hub
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """No proxy, nothing probed yet; the offline flags come back as they were."""
-    import datasets.config
-    import huggingface_hub.constants as constants
-
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "")
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in hub._PACKAGES and module is not None and "HF_HUB_OFFLINE" in vars(module):
-            monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    probe = hub.reachable
-    probe.cache_clear()
-    yield
-    probe.cache_clear()
+    with unreachable_hub(monkeypatch):
+        yield
 
 
 def serve(handler) -> str:
