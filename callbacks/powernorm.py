@@ -150,7 +150,7 @@ class PowerNormCallback(MethodCallback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         mask = batch.get(self.padding_key) if isinstance(batch, Mapping) and self.padding_key else None
-        padding = None if mask is None else mask == 0
+        padding = mask == 0 if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         # asked for in the public way that does not wait for the device
         scale = None if scaler is None else scaler.scale(torch.ones((), device=pl_module.device))

@@ -189,9 +189,11 @@ class PowerNorm(nn.Module):
         return self._memory[-1]
 
     def _recall(self, squares: Tensor) -> tuple[Tensor, ...]:
-        """What the first run of this forward used: the remembered one whose input was nearest (in fact equal)."""
+        """What the first run of this forward used: the latest one remembered whose input was nearest (it is equal)."""
         keys, *moments = (torch.stack(column) for column in zip(*self._memory))
-        nearest = (keys - squares).abs().sum(1).argmin().view(1)
+        distance = (keys - squares).abs().sum(1)
+        order = torch.arange(len(distance), device=distance.device)
+        nearest = torch.where(distance == distance.min(), order, -1).argmax().view(1)
         return squares, *(moment.index_select(0, nearest)[0] for moment in moments)
 
     def _advance_phi(self, moment: Tensor) -> None:
@@ -220,7 +222,8 @@ class PowerNorm(nn.Module):
     def mean_over_tokens(self, sums: Tensor, count: Tensor | int) -> Tensor:
         if not self._distributed:
             return sums / count
-        packed = torch.cat((sums.flatten(), torch.as_tensor(count, dtype=sums.dtype, device=sums.device).view(1)))
+        count = count.view(1) if isinstance(count, Tensor) else sums.new_full((1,), count)
+        packed = torch.cat((sums.flatten(), count))
         all_reduce_sum(packed)
         return (packed[:-1] / packed[-1]).view_as(sums)
 

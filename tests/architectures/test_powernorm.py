@@ -226,13 +226,14 @@ class Block(nn.Module):
         return x + self.second(self.norm(self.first(self.norm(x)).tanh()))
 
 
+@pytest.mark.parametrize("fresh", [True, False], ids=["other data each step", "the same data each step"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_counts_a_forward_once(reentrant):
+def test_activation_checkpointing_counts_a_forward_once(reentrant, fresh):
     torch.manual_seed(0)
     plain = nn.ModuleList([Block(), Block()])
     again = copy.deepcopy(plain)
     for step in range(6):
-        x, y = (tokens(4, 6, 8, seed=step, dtype=torch.float32).requires_grad_() for _ in range(2))
+        x, y = (tokens(4, 6, 8, seed=step * fresh, dtype=torch.float32).requires_grad_() for _ in range(2))
         out, out_again = x, y
         for block, block_again in zip(plain, again):
             out = block(out)
