@@ -1,4 +1,4 @@
-"""gradual-pruning, claims 7-9 of the card, on digits, CIFAR-10 and tiny Shakespeare."""
+"""gradual-pruning, claims 7-9, on digits, CIFAR-10 and tiny Shakespeare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gradual-pruning: the card's checks 1-6, and what users of the callback rely on."""
+"""gradual-pruning: its checks 1-6, and what users of the callback rely on."""
 
 from __future__ import annotations
 

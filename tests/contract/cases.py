@@ -166,3 +166,8 @@ def shell(module: Any) -> Any:
     import pytorch_lightning
 
     return classifier(pytorch_lightning.LightningModule)(model=module.model)
+
+
+def first(output: Any) -> torch.Tensor:
+    """The tensor of a network's output."""
+    return output if isinstance(output, torch.Tensor) else next(iter(getattr(output, "values", lambda: output)()))
