@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -33,9 +34,10 @@ class Frozen(Generic[M]):
     def on(self, like: torch.Tensor | torch.device | str) -> M:
         """The module, on the device asked for (moved once, then a cheap look-up)."""
         device = like.device if isinstance(like, torch.Tensor) else torch.device(like)
-        first = next(self.module.parameters(), None)
+        first = next(itertools.chain(self.module.parameters(), self.module.buffers()), None)
         if first is not None and first.device != device:
-            self.module.to(device)
+            with torch.inference_mode(False):  # moved in a validation, it must still serve in training
+                self.module.to(device)
         return self.module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen[M]:
