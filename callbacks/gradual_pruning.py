@@ -291,8 +291,9 @@ class PruningCallback(MethodCallback):
         """
         if self.store is None:
             raise ConfigurationError("report() needs a fit: nothing was pruned yet.")
+        curves = [f"{self.slug}/sparsity", *sorted(self.dense.get("metrics", {}))]
         told = _mask_report.pruning_report(self.store)
-        return {"steps": self.step, **told, **_mask_report.columns(self.dense, self._probe)}
+        return {"steps": self.step, "curves": curves, **told, **_mask_report.columns(self.dense, self._probe)}
 
     @classmethod
     def contract_example(cls) -> ContractExample:
