@@ -107,7 +107,8 @@ class PruningCallback(MethodCallback):
         check_point("every", every, positive=True)
         check_number("power", power, 0, 100, closed="(]")
         check_choice("scope", scope, ("local", "global"))
-        check(scope == "local" or granularity == "unstructured", "scope", scope, "'local' unless unstructured")
+        free = granularity == "unstructured" and not layer_sparsity
+        check(scope == "local" or free, "scope", scope, "'local' unless unstructured, without layer_sparsity")
         check_choice("pooling", pooling, ("avg", "max"))
         check(isinstance(retain, bool), "retain", retain, "True or False")
         check_targets("targets", targets)

@@ -192,6 +192,7 @@ def check_sparsity(sparsity: Any, initial: Any, unit: Granularity, layers: dict[
     final = sparsity if fixed is None else fixed
     check(initial <= final, "initial_sparsity", initial, f"at most sparsity={final}")
     check(layers is None or isinstance(layers, dict), "layer_sparsity", layers, "a dict of name pattern to sparsity")
+    check(not layers or fixed is None, "layer_sparsity", layers, f"None where N:M means {fixed} everywhere")
     for pattern, share in (layers or {}).items():
         check_number(f"layer_sparsity[{pattern!r}]", share, 0, 1, closed="[)")
 

@@ -321,6 +321,13 @@ def test_layer_sparsity_overrides_and_exclude():
     assert zeros(module)["model.2.weight"] == 0
 
 
+def test_layer_sparsity_that_would_be_ignored_is_refused():
+    own = {"layer_sparsity": {"*": 0.5}}
+    for kwargs, name in (({"scope": "global"}, "scope"), ({"sparsity": None, "granularity": "2:4"}, "layer_sparsity")):
+        with pytest.raises(ConfigurationError, match=f"{name}="):
+            PruningCallback(**{"sparsity": 0.8, **kwargs, **own})
+
+
 def test_shares_of_layers_that_end_elsewhere():
     weights = [SimpleNamespace(name=name) for name in ("fc.weight", "conv.weight")]
     ramp = SparsitySchedule(0.2, 0.8, begin=0, updates=2, frequency=10)
