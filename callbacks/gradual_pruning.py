@@ -232,7 +232,8 @@ class PruningCallback(MethodCallback):
             self.keep(self._probe)
         # once, where the ramp starts and every weight still lives: what the finished model is compared with
         ramp = self.schedule
-        if self.step == ramp.begin and ramp.initial == 0 and "parameters" not in self.dense:
+        due = self.step == ramp.begin and ramp.initial == 0 and "parameters" not in self.dense
+        if due and trainer.is_global_zero:
             self.dense |= measure(model)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
