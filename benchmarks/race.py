@@ -11,6 +11,8 @@ Example::
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import statistics
 import threading
@@ -125,6 +127,8 @@ def peak_bytes(make: Make, batch: Any, steps: int = 4) -> int | None:
 
 def _measure_peak(pipe: Any, make: Make, batch: Any, steps: int) -> None:
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    with contextlib.suppress(OSError, AttributeError):  # glibc: give freed blocks of 1 MB back, M_MMAP_THRESHOLD = -3
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)
     before = _status("VmRSS")
     fit(*make(), [batch] * steps, steps)
     after = _status("VmHWM")

@@ -208,11 +208,12 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _poly_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    h, a = F.relu(_wide(x)), _wide(weight)
-    y = a[0] * h
+    u = _wide(x)
+    h, a = F.relu(u), weight.to(u.dtype)
+    y = a[0]
     for p in range(1, len(a)):  # Horner's scheme: with a_1 = 1 alone it is relu(x) to the bit, however large x
-        y = (y + a[p]) * h
-    return (y + _wide(bias)[0]).to(x.dtype)
+        y = torch.addcmul(a[p], y, h)
+    return torch.addcmul(bias.to(u.dtype)[0], y, h).to(x.dtype)
 
 
 def _rstd(power: Tensor, eps: float, norm: str, dim: int) -> Tensor:
@@ -223,12 +224,12 @@ def _rstd(power: Tensor, eps: float, norm: str, dim: int) -> Tensor:
 
 def _poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, norm: str, dim: int) -> tuple[Tensor, Tensor]:
     """``(y, rstd)``, ``rstd [r, ...]`` with ``dim`` of size 1: the r norms of a row, first power first."""
-    u, a = _wide(x), _wide(weight).flip(0)
-    y, power, rstd = _wide(bias)[0], u, []
+    u = _wide(x)
+    a, y, power, rstd = weight.to(u.dtype).flip(0), bias.to(u.dtype)[0], u, []
     for p in range(len(a)):
         power = power * u if p else u
         rstd.append(_rstd(power, eps, norm, dim))
-        y = y + a[p] * rstd[p] * power
+        y = torch.addcmul(y, a[p] * rstd[p], power)
     return y.to(x.dtype), torch.stack(rstd)
 
 
@@ -248,15 +249,15 @@ class _PolyReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: Tensor):
         x, weight = ctx.saved_tensors
-        u, g, a = _wide(x), _wide(grad_y), _wide(weight).flip(0)
-        h, order = F.relu(u), len(a)
+        u, g = _wide(x), _wide(grad_y)
+        a, h, order = weight.to(u.dtype).flip(0), F.relu(u), len(weight)
         slope, power, grad_a = a[-1] * order, g, []
         for p in range(order, 1, -1):
-            slope = slope * h + (p - 1) * a[p - 2]
+            slope = torch.addcmul((p - 1) * a[p - 2], slope, h)
         for _ in range(order):
             power = power * h  # g h^p
             grad_a.append(power.sum())
-        grad_x = g * slope * (u > 0)
+        grad_x = torch.where(u > 0, g * slope, 0)
         return grad_x.to(x.dtype), torch.stack(grad_a).flip(0).to(weight.dtype), g.sum().reshape(1).to(weight.dtype)
 
 
@@ -283,17 +284,16 @@ class _PolyNorm(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor, _):
         x, weight, rstds = ctx.saved_tensors
         eps, norm, dim = ctx.settings
-        u, g, a = _wide(x), _wide(grad_y), _wide(weight).flip(0)
-        size = x.shape[dim] if norm == "rms" else 1
+        u, g = _wide(x), _wide(grad_y)
+        a, size = weight.to(u.dtype).flip(0), x.shape[dim] if norm == "rms" else 1
         grad_x, below, power, grad_a = 0, None, u, []
         for p in range(1, len(a) + 1):
             # a second derivative must see how the norm depends on x
             rstd = _rstd(power, eps, norm, dim) if torch.is_grad_enabled() else rstds[p - 1]
-            n = power * rstd
-            c = (g * n).sum(dim, keepdim=True)
+            c = (g * power).sum(dim, keepdim=True) * rstd
             grad_a.append(c.sum())
-            term = a[p - 1] * p * rstd * (g - n * (c / size))
-            grad_x = grad_x + (term if below is None else term * below)
+            inner, scale = torch.addcmul(g, power, -rstd * c / size), a[p - 1] * p * rstd
+            grad_x = inner * scale if below is None else torch.addcmul(grad_x, inner * below, scale)
             below, power = power, power * u
         grad_weight = torch.stack(grad_a).flip(0).to(weight.dtype)
         return grad_x.to(x.dtype), grad_weight, g.sum().reshape(1).to(weight.dtype), None, None, None
