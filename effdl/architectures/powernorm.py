@@ -45,7 +45,8 @@ class PowerNorm(nn.Module):
         mode: ``"power"``, or ``"vanilla"``: the ablation PN-V, batch statistics and their exact gradient.
         mask_backward: keep padding out of the backward pass too; the official code keeps it out of s only.
         sync: sum the statistics over all processes (otherwise ranks drift apart, or rank 0's buffers win).
-        nu_clip: bound on \\|nu\\| for runs where ``ema_gz`` drifts away (a larger ``alpha_bwd`` helps too).
+        nu_clip: bound on the size of nu (which is of the order of dL/dy, so small) for runs where ``ema_gz`` drifts
+            away; a larger ``alpha_bwd`` helps too.
         affine: learn gamma (from 1) and beta (from 0).
 
     Shapes: x [..., C] -> y [..., C] in x's dtype; statistics are float32 (float64 for float64 input).
@@ -161,8 +162,8 @@ class PowerNorm(nn.Module):
         """Raise ``FloatingPointError`` where the running state is lost (waits for the device)."""
         if not bool((self.running_phi.isfinite() & self.ema_gz.isfinite()).all()):
             raise FloatingPointError(
-                f"{self.name}: running_phi or ema_gz is not finite after {int(self.iters)} forwards. Set nu_clip "
-                "(1.0, say) or raise alpha_bwd; a batch of padding only does this too."
+                f"{self.name}: running_phi or ema_gz is not finite after {int(self.iters)} forwards. Raise alpha_bwd "
+                "or set nu_clip to a few times the usual (1 - alpha_bwd) * ema_gz. A batch of padding does this too."
             )
 
     @property
