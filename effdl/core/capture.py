@@ -117,4 +117,5 @@ def undisturbed(module: nn.Module, *, training: bool = False) -> Iterator[nn.Mod
                 p.grad = grad
             with torch.no_grad():
                 for buffer, value in buffers.items():
-                    buffer.copy_(value)
+                    with torch.inference_mode(buffer.is_inference()):  # made by a validation step
+                        buffer.copy_(value)

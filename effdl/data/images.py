@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset
 
 from effdl.core.errors import check, check_choice, check_integer, check_number
 from effdl.data._read import Images, read_images
-from effdl.data.loading import EpochSampler, ResumableLoader, as_it_is
+from effdl.data._splits import SplitData
 from effdl.data.noise import CIFAR10_CONFUSIONS, CIFAR100_CONFUSIONS, asymmetric_noise, symmetric_noise
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -81,7 +80,7 @@ def crop_and_flip(images: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.where(mirrored, shifted.flip(-1), shifted)
 
 
-class ImageData(L.LightningDataModule):
+class ImageData(SplitData):
     """Images from the embedded digits (offline), the hub, a local folder, or a parquet or npz file.
 
     Everything is decoded once into uint8 tensors; batches are dicts ``image`` float32 (B, C, H, W), ``label`` int64
@@ -174,42 +173,6 @@ class ImageData(L.LightningDataModule):
     def num_examples(self) -> int:
         """Number of training examples; ``index`` of a training batch is below it."""
         return len(self.train_dataset)
-
-    @property
-    def train_dataset(self) -> ImageTensors:
-        return self._datasets()["train"]
-
-    @property
-    def val_dataset(self) -> ImageTensors:
-        return self._datasets()["validation"]
-
-    @property
-    def test_dataset(self) -> ImageTensors:
-        return self._datasets()["test"]
-
-    def prepare_data(self) -> None:
-        """Downloads on one process, before the others ask."""
-        self._read()
-
-    def setup(self, stage: str | None = None) -> None:
-        self._datasets()
-
-    def train_dataloader(self) -> ResumableLoader:
-        return self._loader(self.train_dataset, shuffle=True)
-
-    def val_dataloader(self) -> ResumableLoader | list:
-        return self._loader(self.val_dataset) if len(self.val_dataset) else []
-
-    def test_dataloader(self) -> ResumableLoader | list:
-        return self._loader(self.test_dataset) if len(self.test_dataset) else []
-
-    def predict_dataloader(self) -> ResumableLoader | list:
-        return self.test_dataloader()
-
-    def _loader(self, dataset: ImageTensors, shuffle: bool = False) -> ResumableLoader:
-        shard = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        sampler = EpochSampler(dataset, shuffle, self.seed, **shard)
-        return ResumableLoader(dataset, batch_size=self.batch_size, sampler=sampler, collate_fn=as_it_is)
 
     def _read(self) -> Images:
         size = 32 if self.name == "digits" and self.image_size is None else self.image_size

@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 from effdl.core.errors import ConfigurationError, check, check_integer, check_number
 from effdl.core.hub import from_hub
 from effdl.data._read import local_path
-from effdl.data.loading import EpochSampler, ResumableLoader, as_it_is
+from effdl.data._splits import SplitData
 
 LOCAL_FORMS = "a text file, a parquet file with a text column, or a folder of either"
 SPLITS = ("train", "validation", "test")
@@ -60,7 +59,7 @@ class TokenBlocks(Dataset):
         return {"input_ids": ids, "labels": ids.clone()}
 
 
-class TextData(L.LightningDataModule):
+class TextData(SplitData):
     """Blocks of text from Python's own documentation (offline), the hub, or a local text or parquet file.
 
     Batches are ``{"input_ids": int64 (B, block_size), "labels": int64 (B, block_size)}`` with labels equal to the
@@ -125,42 +124,6 @@ class TextData(L.LightningDataModule):
     def vocab_size(self) -> int:
         """Number of tokens, for linking to a model's ``vocab_size``."""
         return len(self.tokenizer)
-
-    @property
-    def train_dataset(self) -> TokenBlocks:
-        return self._datasets()["train"]
-
-    @property
-    def val_dataset(self) -> TokenBlocks:
-        return self._datasets()["validation"]
-
-    @property
-    def test_dataset(self) -> TokenBlocks:
-        return self._datasets()["test"]
-
-    def prepare_data(self) -> None:
-        """Downloads on one process, before the others ask."""
-        self._read()
-
-    def setup(self, stage: str | None = None) -> None:
-        self._datasets()
-
-    def train_dataloader(self) -> ResumableLoader:
-        return self._loader(self.train_dataset, shuffle=True)
-
-    def val_dataloader(self) -> ResumableLoader | list:
-        return self._loader(self.val_dataset) if len(self.val_dataset) else []
-
-    def test_dataloader(self) -> ResumableLoader | list:
-        return self._loader(self.test_dataset) if len(self.test_dataset) else []
-
-    def predict_dataloader(self) -> ResumableLoader | list:
-        return self.test_dataloader()
-
-    def _loader(self, dataset: TokenBlocks, shuffle: bool = False) -> ResumableLoader:
-        shard = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        sampler = EpochSampler(dataset, shuffle, self.seed, **shard)
-        return ResumableLoader(dataset, batch_size=self.batch_size, sampler=sampler, collate_fn=as_it_is)
 
     def _read(self) -> dict[str, Tensor]:
         path = None if self.name == "pydoc" else local_path(self.name)

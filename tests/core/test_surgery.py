@@ -160,6 +160,15 @@ def test_undisturbed_restores_everything_even_after_an_error():
     assert torch.equal(net[2].bias.grad, torch.ones(2))
 
 
+def test_undisturbed_restores_a_buffer_that_validation_made():
+    net = nn.Linear(2, 2)
+    with torch.inference_mode():
+        net.register_buffer("seen", torch.ones(2))
+        with undisturbed(net), torch.inference_mode():
+            net.seen.add_(1)
+    assert torch.equal(net.seen, torch.ones(2))
+
+
 def test_a_frozen_teacher_is_outside_the_tree_and_never_copied():
     class Student(nn.Module):
         def __init__(self):
