@@ -168,20 +168,22 @@ def test_must_10_each_table_of_elr_plus_is_fed_by_the_other_teacher_on_mnist():
         pooled = nn.Sequential(nn.Conv2d(1, 16, 5, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(4))
         return nn.Sequential(pooled, nn.Flatten(), nn.Linear(256, 10))
 
-    epochs, modules = 5, []
+    epochs, modules = 10, []
     for cls in (FrozenB, ELRPlusModule):
         torch.manual_seed(0)
-        module = cls(network(), network(), num_classes=10, ema_step=40)
+        module = cls(network(), network(), num_classes=10, lam=0.0, ema_alpha=0.9, ema_step=0)
         trainer = Trainer(
             max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
             enable_checkpointing=False,
         )  # fmt: skip
-        trainer.fit(module, ResumableLoader(data, 64, shuffle=True, seed=0))
+        trainer.fit(module, ResumableLoader(data, batch_size=64, shuffle=True, seed=0))
         modules.append(module)
     frozen, free = modules
     constant = (1 - 0.7**epochs) * FrozenB.constant
     assert (frozen.tables[0].targets - constant).abs().max() < 1e-5
+    # Without the regulariser nothing but the tables' feed links the students: T_B, fed by A', keeps every bit.
+    assert torch.equal(frozen.tables[1].targets, free.tables[1].targets)
     agreement = [(table.targets.argmax(1) == y).float().mean().item() for m in modules for table in m.tables]
     print("share of labels that T_A, T_B agree with: B' frozen", agreement[:2], "free", agreement[2:])
     assert agreement[0] < 0.2
-    assert min(agreement[1:]) > 0.85
+    assert min(agreement[1:]) > 0.8
