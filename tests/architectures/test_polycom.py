@@ -1,4 +1,4 @@
-"""polycom: official numbers, identities, closed forms (the card's checks 1-6, 9, 10)."""
+"""polycom: official numbers, identities, closed forms (checks 1-6, 9, 10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""elr: cross-entropy learns wrong labels by heart, ELR does not, and its table finds them (the card's checks 7-10)."""
+"""elr: cross-entropy learns wrong labels by heart, ELR does not, and its table finds them (checks 7-10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""powernorm, claim 10 of the card: a two-layer GPT-2 of width 64 on tiny Shakespeare, byte by byte."""
+"""powernorm, claim 10: a two-layer GPT-2 of width 64 on tiny Shakespeare, byte by byte."""
 
 from __future__ import annotations
 
@@ -99,5 +99,5 @@ def test_claim_10_finite_while_the_input_scale_jumps(group_num):
     print(f"input scale jumping, group_num={group_num}: validation loss {loss:.3f}")
     assert module.finite
     assert all(value.isfinite().all() for value in module.state_dict().values())
-    # without group scaling it stays finite, as the card asks, but statistics that lag one batch behind learn badly
+    # without group scaling it stays finite, as claimed, but statistics that lag one batch behind learn badly
     assert group_num is None or loss < 3.0

@@ -1,4 +1,4 @@
-"""sam, claim 9 of the card: label noise on digits. SAM keeps what AdamW forgets, at a flatter minimum."""
+"""sam, claim 9: label noise on digits. SAM keeps what AdamW forgets, at a flatter minimum."""
 
 from __future__ import annotations
 
