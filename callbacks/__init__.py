@@ -18,7 +18,7 @@ _EXPORTS = {
     "PruningCallback": "effdl.callbacks.gradual_pruning",
     "RNGStateCallback": "effdl.callbacks.rng_state",
     "SAMCallback": "effdl.callbacks.sam",
-    "SharpnessCallback": "effdl.callbacks.sam",
+    "SharpnessCallback": "effdl.callbacks.sharpness",
     "SmoothGradCAMCallback": "effdl.callbacks.smooth_gradcampp",
 }
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from effdl.callbacks.polycom import PolyComCallback
     from effdl.callbacks.powernorm import PowerNormCallback
     from effdl.callbacks.rng_state import RNGStateCallback
-    from effdl.callbacks.sam import SAMCallback, SharpnessCallback
+    from effdl.callbacks.sam import SAMCallback
+    from effdl.callbacks.sharpness import SharpnessCallback
     from effdl.callbacks.smooth_gradcampp import SmoothGradCAMCallback
 
 __all__ = [
