@@ -109,10 +109,10 @@ def measure(pairs: int, batch: int, names: list[str] | None = None, memory: bool
 
 def table(results: list[dict[str, Any]]) -> list[list[str]]:
     """For printing: a header and a row per result."""
-    lines = [["method", "model", "median", "minimum", "target", "step ms", "bare ms", "peak MB", "bare MB"]]
+    lines = [["method", "model", "median", "minimum", "cpu", "target", "step ms", "bare ms", "peak MB", "bare MB"]]
     for r in results:
         target = "" if r["target"] is None else f"<= {r['target']} {'ok' if r['met'] else 'MISSED'}"
         memory = ["" if r[key] is None else f"{r[key] / 1e6:.0f}" for key in ("peak_bytes", "bare_peak_bytes")]
-        ratio = [f"{r['median']:.3f}", f"{r['minimum']:.3f}"]
+        ratio = [f"{r[key]:.3f}" for key in ("median", "minimum", "cpu")]
         lines.append([r["name"], r["model"], *ratio, target, f"{r['step_ms']:.1f}", f"{r['bare_ms']:.1f}", *memory])
     return lines

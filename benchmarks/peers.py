@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 
 from benchmarks.overhead import classifier, lightning_pruning
-from benchmarks.race import images, race, ratios
+from benchmarks.race import clocked, images, race, ratios
 
 EPOCHS = 6
 
@@ -46,14 +45,8 @@ def gradcam(pairs: int, batch: int) -> list[dict[str, Any]]:
     maps, times = {name: run() for name, run in runs.items()}, {name: [] for name in runs}
     for index in range(pairs):
         for name in list(runs)[:: 1 if index % 2 else -1]:
-            times[name].append(_seconds(runs[name]))
+            times[name].append(clocked(runs[name]))
     return [{"name": "GradCAM++, ours / pytorch-grad-cam", **ratios(times, "ours", "theirs"), **_agreement(**maps)}]
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
 
 
 def _agreement(theirs: Tensor, ours: Tensor) -> dict[str, float]:
@@ -171,9 +164,9 @@ def measure(pairs: int, batch: int) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]]) -> list[list[str]]:
     """For printing: a header and a row per result."""
-    lines = [["what", "median", "minimum", "result"]]
+    lines = [["what", "median", "minimum", "cpu", "result"]]
     for r in results:
-        ratio = [f"{r['median']:.3f}", f"{r['minimum']:.3f}"] if "median" in r else ["", ""]
+        ratio = [f"{r[key]:.3f}" if key in r else "" for key in ("median", "minimum", "cpu")]
         lines.append([r["name"], *ratio, _said(r)])
     return lines
 
