@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -267,7 +268,8 @@ def test_plain_copy_runs_in_a_plain_lightning_cli(here):
     config = yaml.safe_load(text)
     assert "method" not in config
     assert config["model"]["init_args"]["num_classes"] == 3
-    with pytest.warns(UserWarning, match="args parameter"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning remarks on the arguments of the process that runs the tests
         cli = LightningCLI(
             subclass_mode_model=True,
             subclass_mode_data=True,

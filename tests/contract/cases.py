@@ -48,6 +48,7 @@ class Case:
 
     def bare(self, plain: bool = False) -> Any:
         """The module as it is without effdl's class; for a Module the class itself."""
+        _ = self.example  # making it may draw numbers, so it comes before the seed
         torch.manual_seed(0)
         if self.entry.kind in ("callback", "mixin"):
             if self.entry.kind == "callback" and self.example.module is not None:
@@ -57,6 +58,7 @@ class Case:
 
     def module(self, plain: bool = False, **over: Any) -> Any:
         """The module to train: with the mixin in, with a callback's target still untouched."""
+        _ = self.example
         torch.manual_seed(0)
         kwargs = {**self.example.kwargs, **over}
         if self.entry.kind == "callback":
