@@ -70,6 +70,7 @@ def rows(names: list[str] | None = None) -> list[Row]:
 
     resnet, vit, never = "resnet18", "vit_tiny_patch16_224", 1_000_000
     table = [
+        Row("nothing (the noise)", with_callbacks(resnet), resnet),
         Row("pruning masks", with_callbacks(resnet, lambda: PruningCallback(0.9, start=0, stop=0)), resnet, 1.03),
         Row("Lightning ModelPruning", with_callbacks(resnet, lambda: lightning_pruning(0.9)), resnet),
         Row("SAM", with_callbacks(resnet, lambda: SAMCallback(rho=0.05)), resnet, 2.15),
