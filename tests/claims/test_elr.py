@@ -186,4 +186,4 @@ def test_must_10_each_table_of_elr_plus_is_fed_by_the_other_teacher_on_mnist():
     agreement = [(table.targets.argmax(1) == y).float().mean().item() for m in modules for table in m.tables]
     print("share of labels that T_A, T_B agree with: B' frozen", agreement[:2], "free", agreement[2:])
     assert agreement[0] < 0.2
-    assert min(agreement[1:]) > 0.8
+    assert min(agreement[1:]) > 0.85

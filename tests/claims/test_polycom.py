@@ -86,7 +86,7 @@ def mean_losses(activations: tuple[str, ...], **kwargs) -> dict[str, float]:
     return means
 
 
-TIED = pytest.param(True, marks=pytest.mark.xfail(reason="ReLU is ahead here: docs/results.md", strict=False))
+TIED = pytest.param(True, marks=pytest.mark.xfail(reason="ReLU is ahead here: docs/results.md", strict=True))
 
 
 @pytest.mark.parametrize("tied", [False, TIED])
