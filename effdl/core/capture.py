@@ -93,6 +93,18 @@ def first_tensor(value: Any) -> Tensor:
 
 
 @contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode; every part's training flag comes back, also on error."""
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield module
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+@contextlib.contextmanager
 def undisturbed(module: nn.Module, *, training: bool = False) -> Iterator[nn.Module]:
     """An analysis leaves no trace: training flags, ``requires_grad``, ``.grad``, buffers are put back, also on error.
 

@@ -21,14 +21,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effdl.core.capture import uncompiled
+from effdl.core.capture import evaluating, uncompiled
 from effdl.core.errors import ConfigurationError, require
 
 WEIGHTS = "model.safetensors"
@@ -139,18 +139,6 @@ def save_model(module: nn.Module, folder: Path, preprocessing: Mapping[str, Any]
     return "safetensors"
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
 def _batch_dimension(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The first dimension of every tensor is free, where there are two examples or more."""
     batch = torch.export.Dim("batch")
@@ -186,7 +174,7 @@ def export_program(
         kwargs: example keyword inputs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         program = _exported(model, args, kwargs or {})
     torch.export.save(program, path)
     return program
@@ -202,7 +190,7 @@ def export_onnx(model: nn.Module, args: tuple, path: Path, kwargs: Mapping[str, 
     for package in ("onnx", "onnxscript"):
         require(package, "onnx")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         try:
             program = torch.onnx.export(_exported(model, args, kwargs or {}), dynamo=True, verbose=False)
         except torch.onnx.OnnxExporterError as error:
