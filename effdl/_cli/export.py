@@ -115,5 +115,6 @@ def _how(kind: str, folder: Path) -> str:
     return {
         "timm": f"timm.create_model('local-dir:{folder}', pretrained=True)",
         "pretrained": f"from_pretrained('{folder}')",
+        "quantized": f"effdl.core.quantized.load_quantized(model, '{folder}')",
         "safetensors": "safetensors.torch.load_file('model.safetensors')",
     }[kind]

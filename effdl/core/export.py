@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from effdl.core.capture import evaluating, uncompiled
 from effdl.core.errors import ConfigurationError, require
+from effdl.core.quantized import DESCRIPTION, describe
 
 WEIGHTS = "model.safetensors"
 
@@ -123,10 +125,15 @@ def save_model(module: nn.Module, folder: Path, preprocessing: Mapping[str, Any]
     library would open another network than this one. ``preprocessing`` is :func:`save_timm`'s.
 
     Returns:
-        ``"pretrained"``, ``"timm"`` or ``"safetensors"``: what was written.
+        ``"pretrained"``, ``"timm"``, ``"quantized"`` (opens with ``core.quantized.load_quantized``) or
+        ``"safetensors"``: what was written.
     """
     model = product(module)
     folder.mkdir(parents=True, exist_ok=True)
+    if description := describe(model):
+        save_safetensors(model, folder / WEIGHTS)
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), "utf-8")
+        return "quantized"
     owner = next((part for part in (module, model) if hasattr(part, "save_pretrained")), None)
     if owner is not None and _reopens_the_same(model):
         owner.save_pretrained(str(folder))
@@ -192,7 +199,10 @@ def export_onnx(model: nn.Module, args: tuple, path: Path, kwargs: Mapping[str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     with evaluating(model), torch.no_grad():
         try:
-            program = torch.onnx.export(_exported(model, args, kwargs or {}), dynamo=True, verbose=False)
+            # the optimizer would decode quantised weights into float constants
+            program = torch.onnx.export(
+                _exported(model, args, kwargs or {}), dynamo=True, verbose=False, optimize=not describe(model)
+            )
         except torch.onnx.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ConfigurationError(f"{type(model).__name__} cannot be written as ONNX: {reason}") from error
