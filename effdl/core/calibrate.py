@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
+from effdl.core.batch import unpack
+from effdl.core.capture import evaluating
+from effdl.core.distributed import all_reduce_mean
 from effdl.core.errors import ConfigurationError, check_integer
 from effdl.core.random import preserved_rng
 
@@ -73,3 +77,47 @@ def run_batches(forward: Callable[[Any], Any], batches: Iterable[Any]) -> list[A
     """``forward`` on every batch, without gradients and outside inference mode (results may meet autograd later)."""
     with torch.inference_mode(False), torch.no_grad():
         return [forward(batch) for batch in batches]
+
+
+def recalibrate_batchnorm(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any] | None = None
+) -> None:
+    """BatchNorm statistics anew: reset, then the plain average over the given batches (``momentum=None``).
+
+    Everything but the BatchNorm layers is in eval mode meanwhile (no dropout); flags and momenta are put back. Under
+    DDP the averages of the ranks are averaged: call it on all of them. Without BatchNorm no batch is read.
+
+    Args:
+        model: the network, on its device.
+        batches: batches as the loader gives them (``core.batch``), or what ``forward`` takes.
+        forward: runs one of them; default: the network on its inputs.
+
+    Raises:
+        ConfigurationError: no batches; the statistics are as before then, and also after any other error.
+    """
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]
+    if not norms:
+        return
+    device = norms[0].running_mean.device
+    run = forward or (lambda batch: model(unpack(batch).inputs))
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        before = [(norm, norm.momentum, [b.clone() for b in norm.buffers(recurse=False)]) for norm in norms]
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train().momentum = None
+            for batch in batches:
+                run(to_device(batch, device))
+            if not any(norm.num_batches_tracked for norm in norms):
+                raise ConfigurationError("calibration_batches: there are none to take BatchNorm statistics from.")
+            for norm in norms:
+                all_reduce_mean(norm.running_mean, norm.running_var)
+        except BaseException:
+            for norm, _, values in before:
+                for buffer, value in zip(norm.buffers(recurse=False), values):
+                    buffer.copy_(value)
+            raise
+        finally:
+            for norm, momentum, _ in before:
+                norm.momentum = momentum

@@ -181,14 +181,15 @@ def select_weights(
             if id(weight.parameter) in seen or weight.parameter.numel() < min_numel:
                 continue
             seen.add(id(weight.parameter))
-            _refuse_sharded(weight)
+            refuse_sharded(weight)
             found.append(weight)
     if not found:
         raise NothingMatched(f"targets={targets!r}: no selected layer has a weight of {min_numel} or more entries.")
     return found
 
 
-def _refuse_sharded(weight: Weight) -> None:
+def refuse_sharded(weight: Weight) -> None:
+    """Raise where this process does not hold the whole tensor."""
     parameter = weight.parameter
     sharded = hasattr(parameter, "placements") or hasattr(parameter, "_local_shards")
     if parameter.is_meta or sharded or isinstance(parameter, torch.nn.parameter.UninitializedParameter):

@@ -1,0 +1,181 @@
+"""Low rank: a Linear or convolution as two stock layers of a given rank, back again, and what that saves.
+
+A weight W of shape (out, in, *kernel) is read as a matrix A by one of three schemes, cut by its SVD A = U S V^T:
+
+========== ============================== ==========================================================
+scheme     A                              rank r becomes
+========== ============================== ==========================================================
+channel    (out, in kh kw)                conv(in -> r, kh x kw), conv(r -> out, 1 x 1)
+spatial    (in kh, out kw)                conv(in -> r, kh x 1), conv(r -> out, 1 x kw)
+decouple   out matrices (in, kh kw)       conv(in -> out r, 1 x 1), conv(out r -> out, kh x kw, groups=out)
+========== ============================== ==========================================================
+
+Linear layers, transformers' ``Conv1D`` and pointwise convolutions are always read by ``channel``; under ``spatial`` so
+are convolutions of one or three dimensions. :func:`split` and :func:`merge` are for one layer, :func:`factorize` for a
+model; BatchNorm statistics after a cut that lost something: ``core.calibrate.recalibrate_batchnorm``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effdl.core._factors import (
+    CONVOLUTIONS,
+    SCHEMES,
+    dense_weight,
+    matricise,
+    max_rank,
+    merge,
+    obstacle,
+    scheme_of,
+    split,
+    svd,
+    unmatricise,
+)
+from effdl.core.capture import evaluating
+from effdl.core.errors import ConfigurationError, check_choice
+from effdl.core.select import Targets, Weight, refuse_sharded, select_modules
+from effdl.core.surgery import disable_transformer_fast_path, replace_modules
+
+__all__ = [
+    "SCHEMES",
+    "dense_weight",
+    "factorize",
+    "is_cheaper",
+    "matricise",
+    "max_rank",
+    "merge",
+    "multiply_adds",
+    "obstacle",
+    "refuse_tied",
+    "scheme_of",
+    "select_factorizable",
+    "split",
+    "split_parameters",
+    "svd",
+    "unmatricise",
+]
+
+FACTORIZABLE = (nn.Linear, *CONVOLUTIONS.values(), "Conv1D")
+
+
+# ---- what it costs -------------------------------------------------------------------------------------------------
+
+
+def split_parameters(shape: Iterable[int], rank: int, scheme: str) -> int:
+    """Weights of the pair (without bias); per position of a stride-1 layer also its multiply-adds."""
+    out, inputs, *kernel = shape = tuple(shape)
+    kind, size = scheme_of(shape, scheme), math.prod(kernel)
+    if kind == "spatial":
+        return rank * (inputs * kernel[0] + out * kernel[1])
+    if kind == "decouple":
+        return rank * out * (inputs + size)
+    return rank * (inputs * size + out)
+
+
+def is_cheaper(shape: Iterable[int], rank: int, scheme: str) -> bool:
+    """The break-even test: whether the pair has fewer weights than the dense layer of this shape."""
+    return split_parameters(shape := tuple(shape), rank, scheme) < math.prod(shape)
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> dict[str, int]:
+    """Multiply-adds of each Linear, ``Conv1D`` and convolution in one forward pass, by name; run in eval mode."""
+    counts: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, _args: Any, output: Tensor) -> None:
+            outputs = dense_weight(layer).shape[0]
+            counts[name] = counts.get(name, 0) + output.numel() // outputs * layer.weight.numel()
+
+        return hook
+
+    kinds = (nn.Linear, *CONVOLUTIONS.values())
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) or type(m).__name__ == "Conv1D"}
+    handles = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
+    try:
+        with evaluating(model):
+            model(*args, **(kwargs or {}))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+# ---- a model -------------------------------------------------------------------------------------------------------
+
+
+def select_factorizable(
+    model: nn.Module, targets: Targets = None, exclude: Targets = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The selected Linear, ``Conv1D`` and convolution layers that can be split, and the others with their obstacle.
+
+    Raises:
+        ConfigurationError: nothing matched, or a weight is sharded or on the meta device.
+    """
+    fit, left = {}, {}
+    for name, layer in select_modules(model, targets, exclude, FACTORIZABLE).items():
+        reason = obstacle(layer)
+        if reason:
+            left[name] = reason
+            continue
+        refuse_sharded(Weight(f"{name}.weight", layer, "weight"))
+        fit[name] = layer
+    return fit, left
+
+
+def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise where the weight of a named layer is also another layer's: split, the two would drift apart."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                place = f"{name}.{key}" if name else key
+                owners.setdefault(parameter.data_ptr() or id(parameter), []).append(place)
+    for name in names:
+        weight = model.get_submodule(name)._parameters["weight"]
+        shared = owners[weight.data_ptr() or id(weight)]
+        if len(shared) > 1:
+            raise ConfigurationError(
+                f"{name} cannot be factorised: its weight is tied ({' = '.join(shared)}). Add exclude={name!r}."
+            )
+
+
+def factorize(
+    model: nn.Module, ranks: dict[str, int], scheme: str = "channel", *, inplace: bool = False
+) -> nn.Module:
+    """The model with each named layer split at its rank; dense everywhere else.
+
+    With ``ranks`` from a finished run this rebuilds its architecture, into which its weights load strictly.
+
+    Args:
+        model: any model; copied unless ``inplace``.
+        ranks: layer name to rank.
+        scheme: of all of them.
+        inplace: change the model itself (nothing is changed when an error is raised).
+
+    Raises:
+        ConfigurationError: an unknown name, a tied weight, a layer that cannot be split, a rank out of range.
+
+    Example::
+
+        small = factorize(timm.create_model("resnet18"), {"layer1.0.conv1": 16, "layer1.0.conv2": 12})
+        small.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+    """
+    check_choice("scheme", scheme, SCHEMES)
+    model = model if inplace else copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    unknown = [name for name in ranks if not name or name not in modules]
+    if unknown:
+        raise ConfigurationError(f"ranks: {type(model).__name__} has no layer {', '.join(map(repr, unknown))}.")
+    refuse_tied(model, [name for name in ranks if not obstacle(modules[name])])
+    chosen = {name: modules[name] for name in ranks}
+    replace_modules(model, chosen, lambda name, layer: split(layer, ranks[name], scheme, name))
+    disable_transformer_fast_path(model)
+    return model
