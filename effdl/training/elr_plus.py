@@ -16,9 +16,10 @@ from effdl.core.batch import logits_of, unpack
 from effdl.core.contract import ContractExample
 from effdl.core.distributed import rank
 from effdl.core.errors import check, check_choice, check_integer
+from effdl.core.networks import build_model
 from effdl.core.paper import Paper
 from effdl.tasks._optimizers import optimizer_and_scheduler
-from effdl.tasks.image import ImageClassifier, build_model
+from effdl.tasks.image import ImageClassifier
 from effdl.training._elr_loss import (
     at_least_float32,
     check_elr_arguments,
