@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,3 +59,54 @@ def unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     finally:
         probe.cache_clear()
+
+
+def check_quantized_artifact(model, make_fresh, inputs: tuple, folder: Path) -> None:
+    """What every quantiser's finished model must hold: few distinct codes, no float weight left in memory or on disk,
+    the promised size, and the same outputs when reopened, also in a process that has never heard of effdl.
+
+    Args:
+        model: the finished network with quantised layers.
+        make_fresh: makes the stock architecture, with any weights.
+        inputs: of ``model``, two examples or more.
+        folder: to write into.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from effdl.core.export import export_program, save_model
+    from effdl.core.quantized import load_quantized, quantized_weights
+    from effdl.core.quantizers import grouped
+
+    records = quantized_weights(model)
+    assert records, "nothing is quantised"
+    for name, record in records.items():
+        assert record.codes.unique().numel() <= 2**record.bits, name
+        groups = grouped(record.dequantize(), record.layout)
+        assert max(row.unique().numel() for row in groups) <= 2**record.bits, name
+    assert not records.keys() & {name for name, _ in model.named_parameters()}, "a float master is left"
+    assert save_model(model, folder / "artifact") == "quantized"
+    stored = load_file(folder / "artifact" / "model.safetensors")
+    plain = {name for name in make_fresh().state_dict() if name not in records}
+    shapes = {tuple(record.shape) for record in records.values()}
+    left = [n for n, t in stored.items() if n not in plain and t.is_floating_point() and tuple(t.shape) in shapes]
+    assert not left, f"float weights in the file: {left}"
+    payload = sum(tensor.nbytes for name, tensor in stored.items() if name not in plain)
+    tables = sum(table.nbytes for record in records.values() for table in record.tables().values())
+    assert payload <= sum(r.bits * r.codes.numel() / 8 for r in records.values()) * 1.02 + tables + 8 * len(records)
+    model.eval()
+    with torch.no_grad():
+        expected = model(*inputs)
+        reopened = load_quantized(make_fresh(), folder / "artifact").eval()(*inputs)
+    torch.testing.assert_close(reopened, expected, rtol=0, atol=1e-5)
+    export_program(model, inputs, folder / "model.pt2")
+    torch.save({"inputs": inputs, "expected": expected}, folder / "case.pt")
+    code = (
+        "import sys, torch; case = torch.load(sys.argv[2], weights_only=True)\n"
+        "got = torch.export.load(sys.argv[1]).module()(*case['inputs'])\n"
+        "assert 'effdl' not in sys.modules\n"
+        "torch.testing.assert_close(got, case['expected'], rtol=0, atol=1e-5)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder / "model.pt2"), str(folder / "case.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
