@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from effdl.callbacks import _mask_report
-from effdl.callbacks._base import MethodCallback
+from effdl.callbacks._masked import MaskedCallback
 from effdl.compression.gradual_pruning import (
     Granularity,
     SparsitySchedule,
@@ -18,22 +18,17 @@ from effdl.compression.gradual_pruning import (
     layer_shares,
     magnitude_masks,
 )
-from effdl.core.checkpoint import fold_checkpoints
 from effdl.core.contract import ContractExample
 from effdl.core.distributed import check_equal_on_ranks
-from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
-from effdl.core.export import product
+from effdl.core.errors import check, check_choice, check_integer, check_number
 from effdl.core.masks import MaskStore
 from effdl.core.paper import Paper
-from effdl.core.report import ForwardProbe, measure
 from effdl.core.reweight import reweight_everywhere
 from effdl.core.schedules import Point, check_point, resolve_point
 from effdl.core.select import Targets, check_targets, select_weights
-from effdl.core.steps import after_optimizer_step, wrap
-from effdl.core.surgery import when_built
 
 
-class PruningCallback(MethodCallback):
+class PruningCallback(MaskedCallback):
     """Prunes the chosen weights by magnitude along a cubic ramp while they train (Zhu & Gupta 2017, eq. 1).
 
     In place, behind each optimizer step: the module's parameters, names and checkpoints stay its own, with exact zeros.
@@ -119,31 +114,14 @@ class PruningCallback(MethodCallback):
         self.granularity, self.scope, self.pooling = granularity, scope, pooling
         self.layer_sparsity, self.retain = layer_sparsity, retain
         self.targets, self.exclude, self.min_numel = targets, exclude, min_numel
-        self.store: MaskStore | None = None
-        self._saved: dict[str, Any] | None = None
         self._begin()
 
     # ---- attaching -------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self.step, self._first_rate = 0, 0.0
+        super()._begin()
+        self._first_rate = 0.0
         self.schedule: SparsitySchedule | None = None
-        self.dense: dict[str, Any] = {}
-        self._unlogged: dict[str, float] = {}
-        self._probe: ForwardProbe | None = None
-
-    def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
-            # a Trainer that goes on (fit called again) goes on with its masks
-            self._saved = self.state_dict() if trainer.global_step else None
-            self._begin()
-            self.keep(when_built(pl_module, lambda: self._select(pl_module)))
-            self.keep(fold_checkpoints(pl_module, self.state_key, self._fold, lambda state, kept: state.update(kept)))
-            self.keep(self.same_arguments_on_resume(trainer, pl_module))
-            # the module's hooks run after all callbacks', so after WeightAveraging or SWA put a dense average in
-            self.keep(wrap(pl_module, "on_train_epoch_start", self._then_remask))
-            self.keep(wrap(pl_module, "on_validation_epoch_start", self._then_remask))
-            self.keep(wrap(pl_module, "on_train_end", self._then_finish))
 
     def _select(self, pl_module: Any) -> None:
         weights = select_weights(pl_module, self.targets, self.exclude, self.min_numel)
@@ -158,11 +136,6 @@ class PruningCallback(MethodCallback):
     def _see_through(self, name: str) -> Callable[[Tensor], Tensor]:
         store = self.store  # a closure: a deep copy of the module must not copy the callback
         return lambda raw: store.masked(name, raw)
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._saved is not None:
-            self._restore(self._saved)
-        self.keep(after_optimizer_step(trainer, lambda opt: self._after_step(trainer, opt), type(self).__name__))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.schedule is None:
@@ -184,17 +157,9 @@ class PruningCallback(MethodCallback):
 
     # ---- one step --------------------------------------------------------------------------------------------
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        # before clipping: norms and second moments must see live weights only
-        self.store.apply_to_gradients_()
-
-    def _after_step(self, trainer: Any, optimizer: Any) -> None:
-        # masked weights have no gradient and no momentum, but a foreign optimizer or callback may still move them
-        self._project()
-        if optimizer is trainer.optimizers[0]:
-            self.step += 1
-            if self.schedule.is_update(self.step):
-                self._update(trainer)
+    def _after_own_step(self, trainer: Any) -> None:
+        if self.schedule.is_update(self.step):
+            self._update(trainer)
 
     def _update(self, trainer: Any) -> None:
         """Masks from the current weights; weights and momentum under them are zeroed."""
@@ -206,96 +171,36 @@ class PruningCallback(MethodCallback):
             _mask_report.warn_of_frozen(self.store)
         shares = layer_shares(weights, self.schedule, self.step, self.layer_sparsity)
         form = {"granularity": self.granularity, "scope": self.scope, "pooling": self.pooling}
-        for name, mask in magnitude_masks(weights, shares, **form).items():
-            self.store.set(name, mask)
-        self._project()
-        if not self.retain:
-            for optimizer in trainer.optimizers:
-                self.store.apply_to_moments_(optimizer)
-        self._unlogged = {
-            f"{self.slug}/sparsity": float(self.store.sparsity(masked=self.retain)),
-            f"{self.slug}/target": self.schedule.sparsity(self.step),
-        }
+        self._set_masks(trainer, magnitude_masks(weights, shares, **form))
+        self._unlogged[f"{self.slug}/target"] = self.schedule.sparsity(self.step)
         if self.step == self.schedule.end:
             _mask_report.warn_of_spent_rate(self._first_rate, rate)
 
-    def _project(self) -> None:
-        if not self.retain:
-            self.store.apply_()
+    # ---- the dense model, warnings, state ----------------------------------------------------------------------
 
-    # ---- logging and validation --------------------------------------------------------------------------------
+    def _is_dense(self) -> bool:
+        ramp = self.schedule
+        return ramp is not None and self.step <= ramp.begin and ramp.initial == 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        model = product(pl_module)
-        if self._probe is None and model is not pl_module:
-            self._probe = ForwardProbe(model)
-            self.keep(self._probe)
-        # once, where the ramp starts and every weight still lives: what the finished model is compared with
-        ramp = self.schedule
-        due = self.step == ramp.begin and ramp.initial == 0 and "parameters" not in self.dense
-        if due and trainer.is_global_zero:
-            self.dense |= measure(model)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if self._unlogged:
-            pl_module.log_dict(self._unlogged)
-            self._unlogged = {}
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        ramp = self.schedule
-        if ramp is not None and not trainer.sanity_checking and self.step <= ramp.begin and ramp.initial == 0:
-            seen = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(self.slug)}
-            self.dense["metrics"] = {k: v for k, v in seen.items() if "val" in k} or seen
-
-    def _then_remask(self, call_next: Callable, *args: Any) -> None:
-        call_next(*args)
-        self._project()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.step == self.schedule.begin and self._is_dense():
+            self._measure_dense(trainer, pl_module)
 
     def _then_finish(self, call_next: Callable, *args: Any) -> None:
-        call_next(*args)
-        self.store.apply_()  # with retain too: the finished model holds zeros
+        super()._then_finish(call_next, *args)
         if self.schedule is not None:
             reached, ramp = float(self.store.sparsity()), self.schedule
             _mask_report.warn_of_early_end(self.step, ramp.end, reached, ramp.final)
 
-    # ---- state and report --------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "schedule": dict(vars(self.schedule)) if self.schedule else None,
-            "masks": self.store.state() if self.store else {},
-            "dense": dict(self.dense),
-            "first_rate": self._first_rate,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict
+        schedule = dict(vars(self.schedule)) if self.schedule else None
+        return {**super().state_dict(), "schedule": schedule, "first_rate": self._first_rate}
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        self.step, self.dense, self._first_rate = saved["step"], dict(saved["dense"]), saved["first_rate"]
+        super()._restore(saved)
+        self._first_rate = saved["first_rate"]
         self.schedule = SparsitySchedule(**saved["schedule"]) if saved["schedule"] else None
-        self.store.load_state(saved["masks"])
-
-    def _fold(self, state: dict[str, Any]) -> dict[str, Any]:
-        raw = self.store.apply_to_state(state) if self.store else {}
-        return {key: value.clone() for key, value in raw.items()} if self.retain else {}
-
-    def matched(self, module: Any) -> list[str]:
-        """Names of the weights that will be pruned."""
-        return list(self.store.weights) if self.store else []
-
-    def report(self) -> dict[str, Any]:
-        """Counted sparsity per weight and in all, the paper's storage accounting, dense numbers at ``start``, latency.
-
-        Raises:
-            ConfigurationError: before any fit.
-        """
-        if self.store is None:
-            raise ConfigurationError("report() needs a fit: nothing was pruned yet.")
-        curves = [f"{self.slug}/sparsity", *sorted(self.dense.get("metrics", {}))]
-        told = _mask_report.pruning_report(self.store)
-        return {"steps": self.step, "curves": curves, **told, **_mask_report.columns(self.dense, self._probe)}
 
     @classmethod
     def contract_example(cls) -> ContractExample:
