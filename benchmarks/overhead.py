@@ -53,6 +53,7 @@ def lightning_pruning(sparsity: float) -> Any:
 def rows(names: list[str] | None = None) -> list[Row]:
     """All rows, or those named."""
     from effdl.callbacks import (
+        PDPCallback,
         PolyComCallback,
         PowerNormCallback,
         PruningCallback,
@@ -72,6 +73,7 @@ def rows(names: list[str] | None = None) -> list[Row]:
     table = [
         Row("nothing (the noise)", with_callbacks(resnet), resnet),
         Row("pruning masks", with_callbacks(resnet, lambda: PruningCallback(0.9, start=0, stop=0)), resnet, 1.03),
+        Row("PDP", with_callbacks(resnet, lambda: PDPCallback(0.9, start=0, stop=0)), resnet, 2.0),
         Row("Lightning ModelPruning", with_callbacks(resnet, lambda: lightning_pruning(0.9)), resnet),
         Row("SAM", with_callbacks(resnet, lambda: SAMCallback(rho=0.05)), resnet, 2.15),
         Row("ELR", elr, resnet, 1.03),

@@ -13,10 +13,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "PDPCallback": "effdl.callbacks.pdp",
     "PolyComCallback": "effdl.callbacks.polycom",
     "PowerNormCallback": "effdl.callbacks.powernorm",
     "PruningCallback": "effdl.callbacks.gradual_pruning",
     "RNGStateCallback": "effdl.callbacks.rng_state",
+    "RNNPruningCallback": "effdl.callbacks.rnn_sparsity",
     "SAMCallback": "effdl.callbacks.sam",
     "SharpnessCallback": "effdl.callbacks.sharpness",
     "SmoothGradCAMCallback": "effdl.callbacks.smooth_gradcampp",
@@ -24,18 +26,22 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from effdl.callbacks.gradual_pruning import PruningCallback
+    from effdl.callbacks.pdp import PDPCallback
     from effdl.callbacks.polycom import PolyComCallback
     from effdl.callbacks.powernorm import PowerNormCallback
     from effdl.callbacks.rng_state import RNGStateCallback
+    from effdl.callbacks.rnn_sparsity import RNNPruningCallback
     from effdl.callbacks.sam import SAMCallback
     from effdl.callbacks.sharpness import SharpnessCallback
     from effdl.callbacks.smooth_gradcampp import SmoothGradCAMCallback
 
 __all__ = [
+    "PDPCallback",
     "PolyComCallback",
     "PowerNormCallback",
     "PruningCallback",
     "RNGStateCallback",
+    "RNNPruningCallback",
     "SAMCallback",
     "SharpnessCallback",
     "SmoothGradCAMCallback",

@@ -69,7 +69,7 @@ def test_overhead_command(tmp_path, capsys):
 
 def test_every_overhead_row_can_be_made():
     names = [row.name for row in overhead.rows()]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 11
     for row in overhead.rows(["SAM", "PolyNorm v GELU"]):
         module, callbacks = row.make()
         assert isinstance(module, LightningModule)
