@@ -25,10 +25,14 @@ _EXPORTS = {
     "ELRPlusModule": "effdl.training.elr",
     "ImageClassifier": "effdl.tasks.image",
     "LanguageModel": "effdl.tasks.language",
+    "MEALV2ImageClassifier": "effdl.compression.meal_v2",
+    "MEALV2Mixin": "effdl.compression.meal_v2",
     "PolyNorm": "effdl.architectures.polycom",
     "PolyReLU": "effdl.architectures.polycom",
     "PowerNorm": "effdl.architectures.powernorm",
     "ReflowModule": "effdl.diffusion.instaflow",
+    "SparseGraphRNN": "effdl.compression.rnn_sparsity",
+    "SparseGraphRNNModule": "effdl.compression.rnn_sparsity_models",
     "create": "effdl.catalog",
 }
 
@@ -36,6 +40,9 @@ if TYPE_CHECKING:
     from effdl.architectures.polycom import PolyNorm, PolyReLU
     from effdl.architectures.powernorm import PowerNorm
     from effdl.catalog import create
+    from effdl.compression.meal_v2 import MEALV2ImageClassifier, MEALV2Mixin
+    from effdl.compression.rnn_sparsity import SparseGraphRNN
+    from effdl.compression.rnn_sparsity_models import SparseGraphRNNModule
     from effdl.core.errors import ConfigurationError
     from effdl.diffusion.instaflow import ReflowModule
     from effdl.tasks.diffusion import DiffusionModule
@@ -51,10 +58,14 @@ __all__ = [
     "ELRPlusModule",
     "ImageClassifier",
     "LanguageModel",
+    "MEALV2ImageClassifier",
+    "MEALV2Mixin",
     "PolyNorm",
     "PolyReLU",
     "PowerNorm",
     "ReflowModule",
+    "SparseGraphRNN",
+    "SparseGraphRNNModule",
     "create",
 ]
 
