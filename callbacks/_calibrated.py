@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from effdl.callbacks._base import MethodCallback
 from effdl.core.calibrate import calibration_batches
 from effdl.core.capture import evaluating
 from effdl.core.errors import check_choice, check_integer
+from effdl.core.steps import wrap
 
 
 class CalibratedCallback(MethodCallback):
@@ -46,6 +48,13 @@ class CalibratedCallback(MethodCallback):
         if stage == "fit":
             self.done = False
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.when == "end":
+            # the module's hook runs after all callbacks', so after WeightAveraging or SWA put their average in
+            self.keep(wrap(pl_module, "on_train_end", lambda call_next: self._after_training(call_next, trainer)))
+
+    def _after_training(self, call_next: Callable, trainer: Any) -> None:
+        call_next()
+        self._act(trainer, trainer.lightning_module, train=True)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self.when == "start" and not self.done:
@@ -55,10 +64,6 @@ class CalibratedCallback(MethodCallback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if _alone(trainer) and not self.done:
             self._act(trainer, pl_module, train=False)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.when == "end":
-            self._act(trainer, pl_module, train=True)
 
     def _act(self, trainer: Any, pl_module: Any, *, train: bool) -> None:
         with evaluating(pl_module), torch.inference_mode(False), torch.no_grad():

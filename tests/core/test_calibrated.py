@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
 from effdl.callbacks._calibrated import CalibratedCallback
@@ -90,6 +91,18 @@ def test_a_failure_leaves_the_weights_of_before():
     with pytest.raises(RuntimeError, match="half-way"):
         trainer(SetsToMean(fails=True)).validate(module, loader(5.0))
     assert torch.equal(module.net.weight, before)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_at_the_end_on_what_weight_averaging_leaves(first):
+    callback, module = SetsToMean(), Validating()
+    pair = [callback, EMAWeightAveraging(decay=0.5)]
+    Trainer(
+        callbacks=pair if first else pair[::-1], max_epochs=1, logger=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    ).fit(module, loader(5.0))  # fmt: skip
+    assert module.net.weight.unique().tolist() == [5.0]
+    assert "on_train_end" not in vars(module)
 
 
 @pytest.mark.parametrize(("argument", "value"), [("when", "later"), ("calibration_batches", 0)])
