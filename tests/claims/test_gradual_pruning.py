@@ -88,13 +88,13 @@ def table(name, rows):
         print(f"{name} | {label} | {statistics.mean(values):.2f} ± {spread:.2f} | {[round(v, 2) for v in values]}")
 
 
-@pytest.mark.parametrize(("inputs", "margin"), [("standardised", 4.0), ("in [0, 1]", 1.0)])
-def test_claim_07_gradual_beats_one_shot_with_finetuning_at_95_percent(inputs, margin):
+@pytest.mark.parametrize(("inputs", "seeds"), [("standardised", SEEDS), ("in [0, 1]", range(8))])
+def test_claim_07_gradual_beats_one_shot_with_finetuning_at_95_percent(inputs, seeds):
     digits = load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32), torch.tensor(digits.target)
     x = x / 16 if inputs == "in [0, 1]" else (x - x.mean(0)) / (x.std(0) + 1e-6)
     rows = {"dense": [], "one-shot": [], "one-shot + finetune": [], "gradual": []}
-    for seed in SEEDS:
+    for seed in seeds:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         train, test = order[:1297], order[1297:]
         torch.manual_seed(seed)
@@ -119,7 +119,7 @@ def test_claim_07_gradual_beats_one_shot_with_finetuning_at_95_percent(inputs, m
             rows[label].append(accuracy(module, x[test], y[test]))
     table(f"digits {inputs}, 95 %", rows)
     means = {k: statistics.mean(v) for k, v in rows.items()}
-    assert means["gradual"] >= means["one-shot + finetune"] + margin
+    assert means["gradual"] >= means["one-shot + finetune"] + 4
     assert means["one-shot"] < 30
 
 
