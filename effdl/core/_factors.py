@@ -21,10 +21,14 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # ---- weights as matrices -----------------------------------------------------------------------------------------
 
 
+def oriented(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """A tensor of the shape of the layer's weight as (out, in, *kernel): transformers' ``Conv1D`` is transposed."""
+    return tensor.t() if type(layer).__name__ == "Conv1D" else tensor
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
     """The layer's weight as (out, in, *kernel); a view of it, so what is written there is written to the layer."""
-    weight = layer.weight.detach()
-    return weight.t() if type(layer).__name__ == "Conv1D" else weight
+    return oriented(layer, layer.weight.detach())
 
 
 def scheme_of(shape: Iterable[int], scheme: str) -> str:
@@ -76,6 +80,30 @@ def svd(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     if not bool(s.isfinite().all()):
         raise RuntimeError(f"{failed} has NaN or infinite entries.")
     return u, s, vh
+
+
+@torch.no_grad()
+def principal(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Left singular vectors ``(..., m, m)`` and values ``(..., m)``, descending, of a wide matrix (m <= n).
+
+    Through its Gram matrix in float64, where squaring costs what float32 never had: values are exact to 1e-7 of the
+    largest, as :func:`svd`'s are, in a fifth of the time. What is made of them in training is made every few steps.
+
+    Raises:
+        RuntimeError: as :func:`svd`.
+    """
+    wide = matrix.cpu() if matrix.device.type == "mps" else matrix  # which has no float64
+    wide = wide.double()
+    gram = wide @ wide.mT
+    if not bool(gram.isfinite().all()):
+        raise RuntimeError(f"{name}: the decomposition of its weight failed: it has NaN or infinite entries.")
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError as error:
+        raise RuntimeError(f"{name}: the decomposition of its weight failed: it did not converge.") from error
+    kind = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    own = {"device": matrix.device, "dtype": kind}
+    return vectors.flip(-1).to(**own), values.flip(-1).clamp(min=0).sqrt().to(**own)
 
 
 # ---- one layer -----------------------------------------------------------------------------------------------------

@@ -36,6 +36,13 @@ def all_reduce_mean(*tensors: Tensor) -> None:
             tensor.div_(world_size())
 
 
+def broadcast(*tensors: Tensor) -> None:
+    """Give each tensor the first process's values, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 def all_gather_rows(tensor: Tensor) -> Tensor:
     """Rows [n_rank, ...] of all processes, one after another in rank order; n may differ between ranks."""
     if world_size() == 1:

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,13 +34,16 @@ from effdl.core._factors import (
     max_rank,
     merge,
     obstacle,
+    oriented,
+    principal,
     scheme_of,
     split,
     svd,
     unmatricise,
 )
 from effdl.core.capture import evaluating
-from effdl.core.errors import ConfigurationError, check_choice
+from effdl.core.errors import ConfigurationError, check, check_choice
+from effdl.core.export import WEIGHTS
 from effdl.core.select import Targets, Weight, refuse_sharded, select_modules
 from effdl.core.surgery import disable_transformer_fast_path, replace_modules
 
@@ -48,11 +52,17 @@ __all__ = [
     "dense_weight",
     "factorize",
     "is_cheaper",
+    "join",
+    "join_before_load",
+    "load_factorized",
     "matricise",
     "max_rank",
     "merge",
     "multiply_adds",
     "obstacle",
+    "oriented",
+    "principal",
+    "ranks_in",
     "refuse_tied",
     "scheme_of",
     "select_factorizable",
@@ -178,4 +188,67 @@ def factorize(
     chosen = {name: modules[name] for name in ranks}
     replace_modules(model, chosen, lambda name, layer: split(layer, ranks[name], scheme, name))
     disable_transformer_fast_path(model)
+    return model
+
+
+def join(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Make the named pairs dense again (:func:`merge`), in place; names that are no pair are passed over.
+
+    Returns:
+        What was joined.
+    """
+    modules = dict(model.named_modules())
+    pairs = {name: modules[name] for name in names if isinstance(modules.get(name), nn.Sequential)}
+    if pairs:
+        replace_modules(model, pairs, lambda name, pair: merge(pair, name))
+    return list(pairs)
+
+
+def join_before_load(model: nn.Module, names: Callable[[], Iterable[str]]) -> Callable[..., None]:
+    """A wrapper of ``on_load_checkpoint``: :func:`join` those of the names that are dense in the checkpoint."""
+
+    def load(call_next: Callable[..., None], checkpoint: dict[str, Any]) -> None:
+        join(model, [name for name in names() if f"{name}.weight" in checkpoint["state_dict"]])
+        call_next(checkpoint)
+
+    return load
+
+
+def ranks_in(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, int], str]:
+    """Rank per layer and the scheme of a factorised model's state dict, read from its shapes; ``model`` is dense."""
+    ranks, scheme = {}, "channel"
+    for name in (key.removesuffix(".0.weight") for key in state if key.endswith(".0.weight")):
+        if f"{name}.1.weight" not in state or f"{name}.weight" not in dict(model.named_parameters()):
+            continue
+        first, second = state[f"{name}.0.weight"].shape, state[f"{name}.1.weight"].shape
+        ranks[name] = second[1]
+        if math.prod(second[2:]) > 1:
+            scheme = "spatial" if first[0] == second[1] else "decouple"
+    return ranks, scheme
+
+
+def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
+    """The dense model, rebuilt in place as a factorised one was saved, with its weights; no list of ranks is needed.
+
+    Args:
+        model: the stock network with any weights.
+        path: a ``.safetensors`` file of its factorised weights, or the folder with ``model.safetensors``.
+
+    Raises:
+        ConfigurationError: no such file, or the weights of another network.
+
+    Example::
+
+        small = load_factorized(timm.create_model("resnet18", num_classes=10), "runs/.../model")
+    """
+    from safetensors.torch import load_file
+
+    path = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+    check(path.is_file(), "path", str(path), "a safetensors file, or a folder with model.safetensors")
+    state = load_file(path)
+    factorize(model, *ranks_in(model, state), inplace=True)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ConfigurationError(f"path={str(path)!r} holds the weights of another network: {error}") from error
     return model

@@ -12,15 +12,19 @@ from transformers.pytorch_utils import Conv1D
 
 from effdl.core.calibrate import recalibrate_batchnorm
 from effdl.core.errors import ConfigurationError
+from effdl.core.export import save_safetensors
 from effdl.core.factorize import (
     SCHEMES,
     dense_weight,
     factorize,
     is_cheaper,
+    join,
+    load_factorized,
     matricise,
     max_rank,
     merge,
     multiply_adds,
+    principal,
     select_factorizable,
     split,
     split_parameters,
@@ -107,6 +111,23 @@ def test_factorize_rebuilds_what_was_saved_and_leaves_the_model_alone():
     assert torch.equal(other(x), small(x))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_saved_weights_tell_their_own_architecture(scheme, tmp_path):
+    make = lambda: nn.Sequential(nn.Conv2d(3, 8, (1, 3)), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 8))  # noqa: E731
+    torch.manual_seed(0)
+    ranks, x = {"0": 2, "1": 3, "3": 4}, torch.randn(2, 3, 4, 6)
+    small = factorize(make(), ranks, scheme)
+    path = save_safetensors(small, tmp_path / "model.safetensors")
+    assert torch.equal(load_factorized(make(), tmp_path)(x), small(x))
+    dense = make()
+    assert join(small, ["0", "1", "3", "gone"]) == ["0", "1", "3"]
+    dense.load_state_dict(small.state_dict(), strict=True)
+    with pytest.raises(ConfigurationError, match="another network"):
+        load_factorized(nn.Sequential(nn.Linear(8, 8)), path)
+    with pytest.raises(ConfigurationError, match="path="):
+        load_factorized(make(), tmp_path / "none")
+
+
 def test_what_a_transformer_layer_reads_directly():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     net = nn.TransformerEncoder(layer, 1)
@@ -166,6 +187,20 @@ def test_svd_of_bad_weights_names_the_layer(value):
     for scheme in SCHEMES:
         with pytest.raises(RuntimeError, match="stem.conv: .* NaN or infinite"):
             split(layer, 2, scheme, "stem.conv")
+        with pytest.raises(RuntimeError, match="stem.conv: .* NaN or infinite"):
+            principal(matricise(layer.weight, scheme), "stem.conv")
+
+
+@pytest.mark.parametrize("shape", [(6, 36), (5, 3, 9), (4, 4)])
+def test_the_gram_matrix_in_double_precision_gives_the_svd(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) * torch.logspace(0, -4, shape[-2]).unsqueeze(-1)
+    u, s, vh = svd(matrix, "a")
+    vectors, values = principal(matrix, "a")
+    assert torch.allclose(values, s, atol=2e-7 * float(s.max()), rtol=0)
+    signs = (vectors * u).sum(-2, keepdim=True).sign()
+    assert torch.allclose(vectors * signs, u, atol=1e-3)
+    assert torch.allclose(vectors.mT @ matrix, signs.mT * s.unsqueeze(-1) * vh, atol=1e-6)
 
 
 def test_multiply_adds_are_counted_at_the_outputs():
