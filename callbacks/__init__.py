@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "DSnoTCallback": "effdl.callbacks.dsnot",
     "PDPCallback": "effdl.callbacks.pdp",
     "PolyComCallback": "effdl.callbacks.polycom",
     "PowerNormCallback": "effdl.callbacks.powernorm",
@@ -22,9 +23,11 @@ _EXPORTS = {
     "SAMCallback": "effdl.callbacks.sam",
     "SharpnessCallback": "effdl.callbacks.sharpness",
     "SmoothGradCAMCallback": "effdl.callbacks.smooth_gradcampp",
+    "TrainedRankPruningCallback": "effdl.callbacks.trained_rank_pruning",
 }
 
 if TYPE_CHECKING:
+    from effdl.callbacks.dsnot import DSnoTCallback
     from effdl.callbacks.gradual_pruning import PruningCallback
     from effdl.callbacks.pdp import PDPCallback
     from effdl.callbacks.polycom import PolyComCallback
@@ -34,8 +37,10 @@ if TYPE_CHECKING:
     from effdl.callbacks.sam import SAMCallback
     from effdl.callbacks.sharpness import SharpnessCallback
     from effdl.callbacks.smooth_gradcampp import SmoothGradCAMCallback
+    from effdl.callbacks.trained_rank_pruning import TrainedRankPruningCallback
 
 __all__ = [
+    "DSnoTCallback",
     "PDPCallback",
     "PolyComCallback",
     "PowerNormCallback",
@@ -45,6 +50,7 @@ __all__ = [
     "SAMCallback",
     "SharpnessCallback",
     "SmoothGradCAMCallback",
+    "TrainedRankPruningCallback",
 ]
 
 

@@ -55,7 +55,7 @@ class Settings:
             refined, magnitude has one threshold for the matrix, and SparseGPT also updates the weights that stay.
         refine: rewire the initial mask (DSnoT); ``False`` leaves it.
         cycles: at most this many swaps per row.
-        threshold: rows with \\|eps\\| at or below it are left, in units of the output summed over a sequence.
+        threshold: rows with |eps| at or below it are left, in units of the output summed over a sequence.
         power: p, how much a channel's variance counts in what is grown.
         same_sign: a row stops rather than let eps change its sign.
         expectation: E[x] as mean over sequences of the ``"sum"`` over tokens (the authors' code), or as the ``"mean"``
@@ -77,7 +77,7 @@ class Settings:
     power: float = 1.0
     same_sign: bool = True
     expectation: str = "sum"
-    skip: str | Sequence[str] = ()
+    skip: str | Sequence[str] | None = None
     preset: str | None = None
 
     def __post_init__(self) -> None:
@@ -97,7 +97,8 @@ class Settings:
         check_number("threshold", self.threshold, 0, float("inf"), closed="[)")
         check_number("power", self.power, 0, 10)
         check_choice("expectation", self.expectation, ("sum", "mean"))
-        patterns = isinstance(self.skip, str) or all(isinstance(p, str) for p in self.skip)
+        patterns = isinstance(self.skip, (str, list, tuple, type(None)))
+        patterns = patterns and all(isinstance(p, str) for p in as_list(self.skip))
         check(patterns, "skip", self.skip, "a name pattern or a list of these")
         check_choice("preset", self.preset, (None, "release"))
 

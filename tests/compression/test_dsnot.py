@@ -60,7 +60,7 @@ def settings_of(result):
         cycles=options.get("max_cycle_time", 50),
         power=options.get("pow_of_var_regrowing", 1),
         same_sign=not options.get("without_same_sign", True),
-        skip=options.get("skip_layer", ()),
+        skip=options.get("skip_layer"),
     )
 
 
