@@ -7,6 +7,7 @@ config find it finished, or go on with it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import logging
@@ -60,6 +61,8 @@ def run(name: str | None, overrides: list[str], resume: str | None) -> Path:
         return _resume(Path(resume), name, overrides)
     slug, path = recipe.locate(name or "")
     stages = recipe.stages_of(recipe.read(path), overrides)
+    if len(stages) > 1 and any(key == "print_config" for key, _ in recipe.pairs(overrides)):
+        _print_configs(stages)
     folders: dict[str, Path] = {}
     for stage in stages[:-1]:
         folders[stage.name] = _cached(slug, stage.resolved(folders))
@@ -80,6 +83,15 @@ def _resume(folder: Path, name: str | None, overrides: list[str]) -> Path:
         raise ConfigurationError(f"--resume {folder} is a run of {slug!r}, not of {name!r}: leave the name out.")
     (stage,) = recipe.stages_of(recipe.read(config), overrides)
     return execute(stage, slug, folder, checkpoint)
+
+
+def _print_configs(stages: list[recipe.Stage]) -> None:
+    """``--print_config`` of every stage, a YAML document each; ends the program, as the option does."""
+    for stage in stages:
+        print(f"--- # stage {stage.name}")
+        with contextlib.suppress(SystemExit):
+            RecipeCLI(stage)
+    raise SystemExit(0)
 
 
 def _cached(slug: str, stage: recipe.Stage) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -178,6 +179,15 @@ def test_a_broken_stage_goes_on(staged, capsys):
     report = json.loads((teacher / "report.json").read_text())
     assert report["resumed"] is True
     assert report["epochs"] == 2
+
+
+def test_print_config_shows_every_stage_and_runs_none(staged, capsys):
+    with contextlib.suppress(SystemExit):
+        run("--print_config", "--stages.teacher.trainer.max_epochs=7")
+    teacher, student = yaml.safe_load_all(capsys.readouterr().out)
+    assert (teacher["trainer"]["max_epochs"], student["trainer"]["max_epochs"]) == (7, 1)
+    assert student["model"]["init_args"]["start_from"] == "${stage.teacher.model}"
+    assert not (staged / "runs").exists()
 
 
 # ---- dry run ---------------------------------------------------------------------------------------------------
