@@ -33,6 +33,7 @@ _EXPORTS = {
     "ReflowModule": "effdl.diffusion.instaflow",
     "SparseGraphRNN": "effdl.compression.rnn_sparsity",
     "SparseGraphRNNModule": "effdl.compression.rnn_sparsity_models",
+    "compare": "effdl.comparison",
     "create": "effdl.catalog",
 }
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from effdl.architectures.polycom import PolyNorm, PolyReLU
     from effdl.architectures.powernorm import PowerNorm
     from effdl.catalog import create
+    from effdl.comparison import compare
     from effdl.compression.meal_v2 import MEALV2ImageClassifier, MEALV2Mixin
     from effdl.compression.rnn_sparsity import SparseGraphRNN
     from effdl.compression.rnn_sparsity_models import SparseGraphRNNModule
@@ -66,6 +68,7 @@ __all__ = [
     "ReflowModule",
     "SparseGraphRNN",
     "SparseGraphRNNModule",
+    "compare",
     "create",
 ]
 

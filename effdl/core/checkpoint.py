@@ -35,22 +35,32 @@ def fold_checkpoints(
 
     def save(call_next: Callable, checkpoint: dict[str, Any]) -> None:
         call_next(checkpoint)
-        kept = {}
-        for key in MODEL_STATES:
-            if key in checkpoint:
-                checkpoint[key] = copy.copy(checkpoint[key])  # with its _metadata: the versions of the layers
-                kept[key] = fold(checkpoint[key])
-        checkpoint.setdefault("effdl", {})[slug] = kept
+        fold_into(checkpoint, slug, fold)
 
     def load(call_next: Callable, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint.get("effdl", {}).get(slug, {})
         if unfold is not None and _fitting(pl_module):
-            for key in MODEL_STATES:
-                if key in kept and key in checkpoint:
-                    unfold(checkpoint[key], kept[key])
+            unfold_from(checkpoint, slug, unfold)
         call_next(checkpoint)
 
     return [wrap(pl_module, "on_save_checkpoint", save), wrap(pl_module, "on_load_checkpoint", load)]
+
+
+def fold_into(checkpoint: dict[str, Any], slug: str, fold: Callable[[State], dict[str, Any]]) -> None:
+    """What :func:`fold_checkpoints` does on save, for a mixin's own ``on_save_checkpoint``."""
+    kept = {}
+    for key in MODEL_STATES:
+        if key in checkpoint:
+            checkpoint[key] = copy.copy(checkpoint[key])  # with its _metadata: the versions of the layers
+            kept[key] = fold(checkpoint[key])
+    checkpoint.setdefault("effdl", {})[slug] = kept
+
+
+def unfold_from(checkpoint: dict[str, Any], slug: str, unfold: Callable[[State, dict[str, Any]], None]) -> None:
+    """What :func:`fold_checkpoints` does on load, for a mixin's own ``on_load_checkpoint``."""
+    kept = checkpoint.get("effdl", {}).get(slug, {})
+    for key in MODEL_STATES:
+        if key in kept and key in checkpoint:
+            unfold(checkpoint[key], kept[key])
 
 
 def _fitting(pl_module: Any) -> bool:

@@ -1,0 +1,136 @@
+"""meal-v2: what one training remembers, warns of and reports."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from effdl.compression._meal_loss import MEALDiscriminator
+from effdl.compression._meal_teachers import Teachers, check_single_label, looks_untrained
+from effdl.core.calibrate import to_device
+from effdl.core.distill import classes_of
+from effdl.core.errors import ConfigurationError, check
+from effdl.core.export import product, save_timm
+from effdl.core.random import preserved_rng
+from effdl.core.report import first_example, latencies_ms, measure
+
+_FOLDERS: list[tempfile.TemporaryDirectory] = []
+
+
+class MEALRun:
+    """One training: whether the teachers' answers are finite, the student as it was before, an example for latency."""
+
+    def __init__(self) -> None:
+        self.finite: Tensor | None = None  # [K] bool, on the device: no waiting for it in a step
+        self.before: dict[str, Any] = {}
+        self.example: Any = None
+
+    @torch.no_grad()
+    def see(self, inputs: Any, answers: list[Tensor], batch: Any) -> None:
+        """Every batch; the first one is looked at on the spot.
+
+        Raises:
+            ConfigurationError: NaN or infinity from a teacher, labels of a multi-label task.
+        """
+        finite = torch.stack([z.isfinite().all() for z in answers])
+        first, self.finite = self.finite is None, finite if self.finite is None else self.finite & finite
+        if first:
+            check_single_label(batch, answers[0].shape[1])
+            self.example = to_device(first_example(inputs), "cpu")
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise where a teacher has said something else than numbers; waits for the device."""
+        if self.finite is not None and not bool(self.finite.all()):
+            bad = [f"teachers[{i}]" for i, ok in enumerate(self.finite.tolist()) if not ok]
+            raise ConfigurationError(f"{', '.join(bad)}: NaN or infinite logits; its weights or its precision fail.")
+
+    def start(self, student: nn.Module, resumed: bool) -> None:
+        """Measure the student as it comes; warn where it has never been trained."""
+        if not resumed and looks_untrained(student):
+            rank_zero_warn(
+                "The student looks untrained (its normalisation layers are as they were made). MEAL V2 fine-tunes a "
+                "trained student; from random weights it ends points below. Set pretrained or checkpoint."
+            )
+        if "parameters" not in self.before:
+            self.before |= measure(student)
+
+    def validated(self, metrics: dict[str, Any]) -> None:
+        """Metrics of the whole validation before the first step."""
+        seen = {key: float(value) for key, value in metrics.items()}
+        self.before.setdefault("metrics", {k: v for k, v in seen.items() if "val" in k} or seen)
+
+    def report(self, student: nn.Module, teachers: Teachers) -> dict[str, Any]:
+        """Columns before and after; the teachers' parameters and latency beside the student's."""
+        told: dict[str, Any] = {"teachers": len(teachers)}
+        told["teacher_parameters"] = sum(p.numel() for network in teachers.networks for p in network.parameters())
+        if not self.before:
+            return told
+        before, after = {"name": "before", **self.before}, {"name": "after MEAL V2"}
+        if isinstance(self.example, Tensor):
+            device = next(student.parameters()).device
+            example = self.example.to(device)
+            # the same architecture before and after: one measurement
+            before["latency_ms"] = after["latency_ms"] = latencies_ms([student], (example,))[0]
+            told["teachers_latency_ms"] = sum(
+                latencies_ms([holder.on(device)], (example if view is None else view(example),), seconds=0.5)[0]
+                for holder, view in zip(teachers.holders, teachers.views)
+            )
+        return {**told, "before": before, "after": after}
+
+
+def make_discriminator(module: nn.Module, teachers: Teachers, k: int, adversarial: str | None) -> nn.Module | None:
+    """D for the classes that the module (``num_classes``), its network or the first teacher tells; ``None`` without."""
+    if adversarial is None:
+        return None
+    told = getattr(module, "num_classes", None) or classes_of(product(module)) or classes_of(teachers.networks[0])
+    check(isinstance(told, int), "num_classes", told, "self.num_classes where no head tells it")
+    with preserved_rng():  # the student's random numbers stay what they are without us
+        return MEALDiscriminator(told, k, last_relu=adversarial == "cooperative")
+
+
+def param_groups(
+    module: nn.Module, discriminator: nn.Module | None, lr: float | None, d_lr: float, weight_decay: float | None
+) -> list[dict[str, Any]]:
+    """The student's trained parameters and, where there is one, the discriminator's, in this order."""
+    adversary = [] if discriminator is None else list(discriminator.parameters())
+    ids = {id(p) for p in adversary}
+    student: dict[str, Any] = {"params": [p for p in module.parameters() if p.requires_grad and id(p) not in ids]}
+    student |= {key: value for key, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None}
+    return [student] + ([{"params": adversary, "lr": d_lr, "weight_decay": 0.0}] if adversary else [])
+
+
+def warn_of_groups(optimizers: list[Any], discriminator: nn.Module | None, d_lr: float) -> None:
+    """The discriminator outside every optimizer or at another rate than asked for; weight decay."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if any(group.get("weight_decay", 0) > 5e-5 for group in groups):
+        rank_zero_warn("weight_decay > 5e-5: MEAL V2 trains without it, as soft labels regularise enough.")
+    if discriminator is None:
+        return
+    ids = {id(p) for p in discriminator.parameters()}
+    own = [group for group in groups if ids & {id(p) for p in group["params"]}]
+    use = "Use self.meal_param_groups() in configure_optimizers."
+    if not own:
+        rank_zero_warn(f"The discriminator is in no optimizer and will not learn. {use}")
+    elif any(len(group["params"]) > len(ids) for group in own):
+        rank_zero_warn(f"The discriminator trains at the student's learning rate instead of d_lr. {use}")
+    elif any(abs(group.get("initial_lr", group["lr"]) / d_lr - 1) > 1e-6 for group in own):
+        rank_zero_warn("The scheduler sets the discriminator's learning rate itself: give it one value per group.")
+
+
+@cache
+def example_teacher() -> str:
+    """The folder of a small fixed network for three classes, for the contract suite; it goes with the process."""
+    import timm
+
+    with preserved_rng():
+        torch.manual_seed(11)
+        network = timm.create_model("test_resnet", num_classes=3)
+    _FOLDERS.append(tempfile.TemporaryDirectory(prefix="effdl-meal-"))
+    return str(save_timm(network, Path(_FOLDERS[-1].name)))
