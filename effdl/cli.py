@@ -1,4 +1,4 @@
-"""The command line: ``effdl list | show | run | copy | export | doctor``.
+"""The command line: ``effdl list | show | run | compare | copy | export | doctor``.
 
 Only what a command needs is imported when it is called. Exit codes: 0; 2 for what the user can put right, said in one
 line on stderr; anything else stays a traceback.
@@ -23,6 +23,15 @@ In a recipe with stages they go to every stage, or to one: --stages.NAME.trainer
 --print_config shows the whole configuration. A run's files lie in runs/SLUG/version_N."""
 
 
+COMPARE_HELP = """\
+Every METHOD (and no method at all) on the same model, data, budget and seeds: a table, pareto.png, compare.json.
+Killed in the middle and called again, it goes on with what is missing.
+
+  effdl compare gradual-pruning pdp nupes --sparsity=.9 --bits=4 --seeds=3
+  effdl compare pdp maestro --model.model=resnet50 --data.name=cifar10 --trainer.max_epochs=30 --pdp.sparsity=.95
+--output=FOLDER (default runs/compare), --metric=val/accuracy, --mode=max; --config=FILE.yaml: model, data, trainer."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigurationError(f"{self.prog}: {message}")
@@ -45,6 +54,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     run.add_argument("--dry-run", action="store_true", help="matched layers, optimizer steps and cost; trains nothing")
     run.add_argument("--resume", metavar="RUN", help="go on in this run folder, from its last.ckpt")
+    commands.add_parser(
+        "compare",
+        help="several methods on one model: table, Pareto plot",
+        usage="effdl compare METHOD... [--key=value ...]",
+        description=COMPARE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     copy = commands.add_parser("copy", help="write a recipe into the current folder")
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("--plain", action="store_true", help="as a LightningCLI config that needs no `effdl run`")
@@ -62,7 +79,7 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         raise ConfigurationError(f"no command {arguments[0]!r}. {suggest(arguments[0], commands)}".strip())
     args, rest = parser.parse_known_args(arguments)
-    if rest and args.command != "run":
+    if rest and args.command not in ("run", "compare"):
         raise ConfigurationError(f"effdl {args.command or ''}: {' '.join(rest)!r} is not understood here.")
     if args.version:
         import effdl
@@ -105,6 +122,17 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
         from effdl._cli.run import run
 
         run(name, rest, args.resume)
+
+
+def _compare(args: argparse.Namespace, rest: list[str]) -> None:
+    from effdl import catalog
+
+    count = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    for name in rest[:count]:
+        catalog.find(name)  # a misspelt name is told before Lightning is imported
+    from effdl._cli.compare import compare
+
+    compare(rest[:count], rest[count:])
 
 
 def _copy(args: argparse.Namespace, rest: list[str]) -> None:

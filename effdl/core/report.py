@@ -45,6 +45,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from effdl.core.quantized import quantized_weights
+
 PACKAGES = ("effdl", "torch", "torchvision", "lightning", "timm", "diffusers", "transformers", "datasets")
 _TITLES = {
     "parameters": "parameters",
@@ -55,8 +57,8 @@ _TITLES = {
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """``parameters`` of the model (a shared tensor once) and how many are ``nonzero``."""
-    tensors = list(model.parameters())
+    """``parameters`` of the model (a shared tensor once, a quantised weight too) and how many are ``nonzero``."""
+    tensors = [*model.parameters(), *(record.dequantize() for record in quantized_weights(model).values())]
     return {
         "parameters": sum(tensor.numel() for tensor in tensors),
         "nonzero": sum(int(torch.count_nonzero(tensor)) for tensor in tensors),
