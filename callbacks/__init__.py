@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
     "DSnoTCallback": "effdl.callbacks.dsnot",
+    "DifferentiableQuantizationCallback": "effdl.callbacks.differentiable_quantization",
     "PDPCallback": "effdl.callbacks.pdp",
     "PolyComCallback": "effdl.callbacks.polycom",
     "PowerNormCallback": "effdl.callbacks.powernorm",
     "PruningCallback": "effdl.callbacks.gradual_pruning",
+    "QuantizedDistillationCallback": "effdl.callbacks.quantized_distillation",
     "RNGStateCallback": "effdl.callbacks.rng_state",
     "RNNPruningCallback": "effdl.callbacks.rnn_sparsity",
     "SAMCallback": "effdl.callbacks.sam",
@@ -27,11 +29,13 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from effdl.callbacks.differentiable_quantization import DifferentiableQuantizationCallback
     from effdl.callbacks.dsnot import DSnoTCallback
     from effdl.callbacks.gradual_pruning import PruningCallback
     from effdl.callbacks.pdp import PDPCallback
     from effdl.callbacks.polycom import PolyComCallback
     from effdl.callbacks.powernorm import PowerNormCallback
+    from effdl.callbacks.quantized_distillation import QuantizedDistillationCallback
     from effdl.callbacks.rng_state import RNGStateCallback
     from effdl.callbacks.rnn_sparsity import RNNPruningCallback
     from effdl.callbacks.sam import SAMCallback
@@ -41,10 +45,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DSnoTCallback",
+    "DifferentiableQuantizationCallback",
     "PDPCallback",
     "PolyComCallback",
     "PowerNormCallback",
     "PruningCallback",
+    "QuantizedDistillationCallback",
     "RNGStateCallback",
     "RNNPruningCallback",
     "SAMCallback",
