@@ -55,13 +55,15 @@ def recurrent_weights(
 ) -> list[Weight]:
     """Matrices of the RNN, GRU and LSTM layers and cells below ``root``: ``"i2h"``, ``"h2h"`` or ``"both"``.
 
-    All layers and both directions; biases, embeddings and heads never.
+    All layers and both directions; biases, embeddings and heads never, nor the cells of a :class:`SparseGraphRNN`,
+    which are sparse as they are.
 
     Raises:
         ConfigurationError: nothing matched, or the network has no recurrent layer.
     """
     check_choice("weights", weights, GROUPS)
-    chosen = set(map(id, select_modules(root, targets, exclude, RECURRENT).values()))
+    modules = select_modules(root, targets, exclude, RECURRENT).values()
+    chosen = {id(module) for module in modules if not isinstance(module, MaskedCell)}
     found = [w for w in select_weights(root, exclude=exclude, min_numel=1) if id(w.module) in chosen]
     found = [w for w in found if w.attribute.startswith(GROUPS[weights])]
     if not found:

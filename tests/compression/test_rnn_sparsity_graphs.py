@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from effdl import SparseGraphRNN, SparseGraphRNNModule
+from effdl.compression.rnn_sparsity import recurrent_weights
 from effdl.compression.rnn_sparsity_graphs import as_dag, graph_properties, layer_index, layers_of, random_graph
 from effdl.compression.rnn_sparsity_models import last_state
 from effdl.compression.rnn_sparsity_sweep import OUTCOMES, GraphSweep, correlations, predictability, write_table
@@ -85,6 +86,12 @@ def test_block_diagonal_call_equals_cell_by_cell(mode, batch_first):
         stored.append(out)
     got = rnn(x.transpose(0, 1)).transpose(0, 1) if batch_first else rnn(x)
     assert torch.allclose(got, stored[-1], atol=1e-6)
+
+
+def test_one_graph_under_compile():
+    rnn = SparseGraphRNN(EXAMPLE, "GRU")
+    x = torch.randn(2, 4, 2)
+    assert torch.allclose(torch.compile(rnn, backend="eager", fullgraph=True)(x), rnn(x), atol=1e-6)
 
 
 def test_must_05_masked_gradients_are_zero_and_stay_so():
@@ -180,6 +187,8 @@ def test_load_from_checkpoint_builds_the_same_wiring(tmp_path):
     assert again.model.rnn.edges == module.model.rnn.edges
     assert torch.equal(again.eval()(ids), module.eval()(ids))
     assert again.report()["properties"]["nodes"] == 12
+    with pytest.raises(ConfigurationError, match="no both weight"):  # sparse as it is: nothing for the callback
+        recurrent_weights(again)
 
 
 @pytest.mark.parametrize("invalid", ["random", "edit"])
