@@ -33,7 +33,9 @@ class DSnoTCallback(CalibratedCallback, MaskedCallback):
 
     Args:
         sparsity: share of zeros in [0, 1); ``None`` only with ``nm``.
-        nm: ``(N, M)``, N zeros in each M consecutive inputs of a row: ``(2, 4)`` for semi-structured kernels.
+        nm: ``(N, M)``, N zeros in each M consecutive inputs of a row: ``(2, 4)`` for semi-structured kernels
+            (``gradual_pruning.to_sparse``). What is pruned then lies beside what was grown, whatever its sign: on
+            layers of few inputs refining may raise the expected error, see ``eps_after`` in the report.
         init: the initial mask: ``"wanda"``, ``"magnitude"`` or ``"sparsegpt"``.
         refine: rewire it (DSnoT). ``False``: the plain method of ``init``.
         cycles: at most this many swaps per row.
