@@ -26,6 +26,8 @@ class ContractExample:
         manual: the class optimises by hand (no SAM, no clipping by the Trainer).
         second: arguments of a second instance beside the first (other layers, say); ``None``: the same arguments,
             and then Lightning's own refusal of two callbacks with one state key is fine too.
+        zeros_stay: weights that another callback holds at zero are still zero in the finished model. ``False`` where
+            zero is no level: such a callback must then be refused.
         ddp_equals_single: two processes with batches of B end where one with batches of 2B does. ``False`` where the
             method means something else on purpose (its docstring and its own tests say what).
     """
@@ -41,4 +43,5 @@ class ContractExample:
     rebuild: Callable[[Any], Any] | None = None
     manual: bool = False
     second: dict[str, Any] | None = None
+    zeros_stay: bool = True
     ddp_equals_single: bool = True

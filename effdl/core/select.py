@@ -135,7 +135,9 @@ class Weight:
 
     @property
     def data(self) -> Tensor:
-        return self.parameter.data
+        """Its values; what they decode to, where codes have taken the parameter's place by now."""
+        parameter = self.module._parameters.get(self.attribute)
+        return getattr(self.module, self.attribute) if parameter is None else parameter.data
 
     @property
     def transposed(self) -> bool:
