@@ -237,6 +237,7 @@ class DifferentiableQuantizationCallback(QuantizedTrainingCallback):
                 "targets": ["no.such.layer", 3],
                 "exclude": "no.such.layer",
             },
+            zeros_stay=False,
         )
 
 

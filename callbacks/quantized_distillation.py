@@ -173,6 +173,7 @@ class QuantizedDistillationCallback(QuantizedTrainingCallback):
                 "targets": ["no.such.layer", 3],
                 "exclude": "no.such.layer",
             },
+            zeros_stay=False,
             second={"teacher": None, "teacher_weight": 0.0, "bits": 2},
         )
 
