@@ -7,6 +7,7 @@ wrong weight). Changing the instance's class and reading the attribute through a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -85,3 +86,14 @@ def _remove(module: nn.Module, attribute: str, transform: Transform) -> None:
         module.__class__ = type(module)._effdl_base  # type: ignore[attr-defined]
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [module._parameters[n] for n in module._flat_weights_names]
+
+
+def plain_copy(root: nn.Module) -> nn.Module:
+    """A deep copy that reads its raw parameters: what tracing tools can look at while the original is reweighted."""
+    twin = copy.deepcopy(root)
+    for module in twin.modules():
+        if hasattr(type(module), "_effdl_swapped"):
+            for attribute, transforms in list(module.__dict__["_effdl_transforms"].items()):
+                for transform in transforms:
+                    _remove(module, attribute, transform)
+    return twin
