@@ -51,15 +51,16 @@ def pruning_report(store: MaskStore) -> dict[str, Any]:
     return {"sparsity": 1 - alive / total, **sizes, "layers": layers}
 
 
-def columns(dense: dict[str, Any], probe: ForwardProbe | None) -> dict[str, Any]:
+def columns(dense: dict[str, Any], probe: ForwardProbe | None, full: Any = None) -> dict[str, Any]:
     """The final table: the dense network where the ramp began, and the pruned one; their latencies side by side.
 
     Zeros do not hurry a dense kernel: the dense latency is that of the same network with its zeros filled in, measured
-    in turns with the pruned one's, so that a busy machine does not invent a speed-up.
+    in turns with the pruned one's, so that a busy machine does not invent a speed-up. ``full``: the network before
+    channels were taken out of it, whose latency is the dense one then.
     """
     before, after = {"name": "dense", **dense}, {"name": "pruned"}
     if probe is not None and probe.inputs is not None:
-        twin = copy.deepcopy(probe.model)
+        twin = full or copy.deepcopy(probe.model)
         with torch.no_grad():
             for parameter in twin.parameters():
                 parameter.masked_fill_(parameter == 0, 0.01)

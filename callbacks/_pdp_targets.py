@@ -9,12 +9,54 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from effdl.compression.pdp import Groups, PrunedWeight, layer_sparsities
+from effdl.compression.pdp import Groups, PrunedWeight, Ramp, layer_sparsities
 from effdl.core.distributed import check_equal_on_ranks
-from effdl.core.errors import ConfigurationError
-from effdl.core.select import NothingMatched, Targets, Weight, select_weights
+from effdl.core.errors import ConfigurationError, check, check_choice, check_number, require
+from effdl.core.schedules import check_point, resolve_point
+from effdl.core.select import NothingMatched, Targets, Weight, check_targets, select_weights
 
 USUAL = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+
+
+def check_arguments(callback: Any) -> None:
+    """Raise ConfigurationError for an argument of PDPCallback outside its range."""
+    unit, fixed = Groups.parse(callback.granularity).unit, final_sparsity(None, callback.granularity)
+    if unit.kind == "n:m":
+        valid = f"None or {fixed}, which {callback.granularity} means"
+        check(callback.sparsity in (None, fixed), "sparsity", callback.sparsity, valid)
+    else:
+        check_number("sparsity", callback.sparsity, 0, 1, closed="[)", fix="0.9 removes nine weights of ten.")
+    if callback.temperature != "auto":
+        check_number("temperature", callback.temperature, 0, float("inf"), closed="()", fix="Or 'auto'.")
+    for name in ("start", "stop", "freeze"):
+        if name != "freeze" or callback.freeze is not None:
+            check_point(name, getattr(callback, name))
+    check_point("every", callback.every, positive=True)
+    check_choice("scope", callback.scope, ("global", "local"))
+    for name in ("eval_hard", "compact"):
+        check(isinstance(getattr(callback, name), bool), name, getattr(callback, name), "True or False")
+    if callback.compact:
+        check(unit.kind == "channel", "compact", True, "False unless granularity='channel': only channels can go")
+        require("torch_pruning", "prune")
+    check_targets("targets", callback.targets)
+    check_targets("exclude", callback.exclude)
+
+
+def points(callback: Any, trainer: Any) -> tuple[Ramp, int | None]:
+    """The ramp and the step of ``freeze``, in optimizer steps."""
+    begin, end = (resolve_point(name, getattr(callback, name), trainer) for name in ("start", "stop"))
+    ramp = Ramp(begin, end, resolve_point("every", callback.every, trainer, interval=True))
+    if callback.freeze is None:
+        return ramp, None
+    freeze = resolve_point("freeze", callback.freeze, trainer)
+    check(freeze >= begin, "freeze", callback.freeze, f"a point not before start={callback.start!r}")
+    return ramp, freeze
+
+
+def final_sparsity(sparsity: float | None, granularity: str) -> float | None:
+    """R, which N:M has by itself."""
+    unit = Groups.parse(granularity).unit
+    return 1 - unit.sizes[0] / unit.sizes[1] if unit.kind == "n:m" else sparsity
 
 
 def chosen(root: nn.Module, targets: Targets, exclude: Targets, granularity: str) -> list[Weight]:
@@ -74,10 +116,10 @@ def budget(
         if not bool(torch.isfinite(w.data).all()):
             raise RuntimeError(f"{w.name} has NaN or infinite entries and cannot be ranked for pruning.")
         magnitudes.append(groups.magnitudes(w.data) / _size(groups, w) ** 0.5)
-    shares = [sparsity] * len(weights)
+    targets = [sparsity] * len(weights)
     if scope == "global" and Groups.parse(granularity).unit.kind != "n:m":
-        shares = layer_sparsities(magnitudes, sparsity)[1]
-    kept = {w.name: {"sparsity": share, "temperature": 0.0} for w, share in zip(weights, shares)}
+        targets = layer_sparsities(magnitudes, sparsity)[1]
+    kept = {w.name: {"sparsity": target, "temperature": 0.0} for w, target in zip(weights, targets)}
     named = {w.name: w for w in weights}
     layers = layers_of(named, granularity, kept)
     for name in [n for n, layer in layers.items() if layer.sparsity * layer.count < 1]:
@@ -96,6 +138,15 @@ def layers_of(weights: Mapping[str, Weight], granularity: str, kept: Mapping[str
     return {name: PrunedWeight(groups[name], _count(groups[name], w), **kept[name]) for name, w in weights.items()}
 
 
+def shares(layers: Mapping[str, PrunedWeight], weights: Mapping[str, Weight]) -> dict[str, float]:
+    """Over all their weights: ``sparsity`` if binarised now, and the share ``undecided`` (0.01 < m < 0.99)."""
+    if not layers:
+        return {"sparsity": 0.0, "undecided": 0.0}
+    sizes = [weights[name].data.numel() for name in layers]
+    told = torch.stack([layer.told(weights[name].data) * n for (name, layer), n in zip(layers.items(), sizes)])
+    return dict(zip(("sparsity", "undecided"), (told.sum(0) / sum(sizes)).tolist()))
+
+
 def _groups(weight: Weight, granularity: str) -> Groups:
     return Groups.parse(granularity, weight.transposed)
 
@@ -111,8 +162,11 @@ def _size(groups: Groups, weight: Weight) -> int:
 def _temperature(layer: PrunedWeight, weight: Weight, temperature: float | str) -> float:
     if temperature != "auto":
         return float(temperature) * _size(layer.groups, weight)
-    t = layer.groups.threshold(weight.data, layer.index)
-    return max(0.1 * float((t * t).mean()), 1e-12)
+    # 0.05 to 0.5 of t^2 is right for single weights; in groups of M many lie near their t, and norms of channels differ
+    # by much less than t
+    squares, t = layer.groups.magnitudes(weight.data).square(), layer.groups.threshold(weight.data, layer.index)
+    scale = {"unstructured": 0.1 * (t * t).mean(), "n:m": 0.05 * (t * t).mean(), "channel": 0.1 * squares.std()}
+    return max(float(scale[layer.groups.unit.kind]), 1e-12)
 
 
 def _warn(layers: Mapping[str, PrunedWeight], weights: Mapping[str, Weight]) -> None:
@@ -124,15 +178,14 @@ def _warn(layers: Mapping[str, PrunedWeight], weights: Mapping[str, Weight]) -> 
             tied.append(name)
     if tied:
         rank_zero_warn(f"The threshold falls on equal magnitudes, which stay or go together: {', '.join(tied)}")
-    total = sum(weights[n].data.numel() for n in layers)
-    undecided = sum(float(w.told(weights[n].data)[1]) * weights[n].data.numel() for n, w in layers.items())
-    if total and undecided < 0.01 * total:
+    undecided = shares(layers, weights)["undecided"]
+    if layers and undecided < 0.01:
         rank_zero_warn(
-            f"temperature: only {undecided / total:.1%} of the weights have 0.01 < m < 0.99, so the masks are as good "
+            f"temperature: only {undecided:.1%} of the weights have 0.01 < m < 0.99, so the masks are as good "
             "as hard and their gradient decides nothing. Raise it, or use 'auto'."
         )
-    if total and undecided > 0.5 * total:
+    if undecided > 0.5:
         rank_zero_warn(
-            f"temperature: {undecided / total:.0%} of the weights have 0.01 < m < 0.99, so binarising the masks will "
+            f"temperature: {undecided:.0%} of the weights have 0.01 < m < 0.99, so binarising the masks will "
             "change the network. Lower it, or use 'auto'."
         )

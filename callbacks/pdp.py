@@ -8,19 +8,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from effdl.callbacks import _mask_report, _pdp_targets
+from effdl.callbacks import _mask_report, _pdp_example, _pdp_targets
 from effdl.callbacks._base import MethodCallback
-from effdl.compression.pdp import Groups, PrunedWeight, Ramp
+from effdl.callbacks._pdp_channels import Compaction
+from effdl.compression.pdp import PrunedWeight, Ramp
 from effdl.core.checkpoint import fold_checkpoints
 from effdl.core.contract import ContractExample
-from effdl.core.errors import ConfigurationError, check, check_choice, check_number
+from effdl.core.errors import ConfigurationError, check
 from effdl.core.export import product
 from effdl.core.masks import MaskStore
 from effdl.core.paper import Paper
 from effdl.core.report import ForwardProbe, measure
 from effdl.core.reweight import reweight_everywhere
-from effdl.core.schedules import Point, check_point, resolve_point
-from effdl.core.select import Targets, check_targets
+from effdl.core.schedules import Point
+from effdl.core.select import Targets
 from effdl.core.steps import after_optimizer_step, wrap
 from effdl.core.surgery import when_built
 
@@ -28,20 +29,18 @@ from effdl.core.surgery import when_built
 class PDPCallback(MethodCallback):
     """Prunes with soft masks computed from the weights themselves (PDP, Cho et al. 2023): no parameter, no extra loss.
 
-    The network sees ``sigmoid((w^2 - t^2) / tau) w``, with t recomputed in every forward pass; the parameters keep
-    their full values and may return until the end, when the masks are binarised. Reach for it at 85 to 95 % sparsity or
-    under N:M, where gradual magnitude pruning loses accuracy. Parameters, optimizer and names stay the module's own;
-    checkpoints hold the binarised weights under their own names (and the raw ones beside them, for resuming). Works
-    with any optimizer and precision, accumulation, DDP, ``torch.compile`` and ``WeightAveraging``.
-
-    Cost: about 1.4 times the step of a ResNet-18 on small images and a CPU, less where activations dominate; two
-    tensors of the weights' size. It fails with masks that never decide (``temperature`` too high) or that are as good as
-    hard (too low): both are warned of.
+    The network sees ``sigmoid((w^2 - t^2) / tau) w``, with t recomputed in every forward pass; a pruned weight may
+    return until the masks are binarised. Reach for it at 85 to 95 % sparsity or under N:M, where gradual magnitude
+    pruning loses accuracy. Checkpoints hold the binarised weights under their own names (the raw ones beside them, for
+    resuming). Works with any optimizer and precision, accumulation, DDP, ``torch.compile`` and ``WeightAveraging``.
+    Cost: about 1.4 times the step of a ResNet-18 on small images on a CPU, and two tensors of the weights' size. It
+    fails with masks that never decide (``temperature`` too high) or are as good as hard (too low): both are warned of.
 
     Args:
         sparsity: final share of zeros R in [0, 1); ``None`` only for N:M.
-        temperature: tau > 0, in units of w^2 (multiplied by the size of a channel); ``"auto"``: per weight a tenth of
-            its final t^2, measured at ``start``. The paper's 1e-4 suits weights of ResNet-18's size.
+        temperature: tau > 0, in units of w^2 (times the size of a channel); the paper's 1e-4 suits ResNet-18's weights.
+            ``"auto"``, per tensor at ``start``: a tenth of its final t^2, or of the spread of the squared norms of its
+            channels; a twentieth under N:M.
         start: s, dense training before it; the budget of each layer is fixed here. 0 for a pretrained model.
         stop: where the full target is reached; the paper's epsilon is ``every / (stop - start)``, by default 0.015 of
             100 epochs. In short runs let it be halfway between ``start`` and the end.
@@ -52,6 +51,10 @@ class PDPCallback(MethodCallback):
         scope: ``"global"``: one magnitude threshold over all weights at ``start`` sets each layer's share (the paper;
             channels are ranked by their root mean square); ``"local"``: every weight gets ``sparsity``.
         eval_hard: validate with the binarised weights, which are what is deployed.
+        compact: at the end the network in ``module.model`` loses its dead channels with their biases and BatchNorms, in
+            place (extra ``prune``); from ``report()["channels"]`` ``core.structure.rebuild`` makes the smaller
+            architecture. Give it a ``freeze``, at which dead channels fall silent and the network heals. Channels of a
+            residual sum go only where all its partners are dead.
         targets, exclude: layers by name glob or type; default every Linear, convolution, attention projection and HF
             ``Conv1D`` but the first convolution and the last Linear (the paper prunes those too: ``targets="*"``).
 
@@ -92,29 +95,15 @@ class PDPCallback(MethodCallback):
         granularity: str = "unstructured",
         scope: Literal["global", "local"] = "global",
         eval_hard: bool = True,
+        compact: bool = False,
         targets: Targets = None,
         exclude: Targets = None,
     ) -> None:
-        unit = Groups.parse(granularity).unit
-        if unit.kind == "n:m":
-            fixed = 1 - unit.sizes[0] / unit.sizes[1]
-            check(sparsity in (None, fixed), "sparsity", sparsity, f"None or {fixed}, which {granularity} means")
-        else:
-            check_number("sparsity", sparsity, 0, 1, closed="[)", fix="0.9 removes nine weights of ten.")
-        if temperature != "auto":
-            check_number("temperature", temperature, 0, float("inf"), closed="()", fix="Or 'auto'.")
-        for name, point in (("start", start), ("stop", stop), ("freeze", freeze)):
-            if name != "freeze" or point is not None:
-                check_point(name, point)
-        check_point("every", every, positive=True)
-        check_choice("scope", scope, ("global", "local"))
-        check(isinstance(eval_hard, bool), "eval_hard", eval_hard, "True or False")
-        check_targets("targets", targets)
-        check_targets("exclude", exclude)
         self.sparsity, self.temperature, self.granularity, self.scope = sparsity, temperature, granularity, scope
         self.start, self.stop, self.every, self.freeze = start, stop, every, freeze
-        self.eval_hard, self.targets, self.exclude = eval_hard, targets, exclude
-        self.final = sparsity if unit.kind != "n:m" else fixed
+        self.eval_hard, self.compact, self.targets, self.exclude = eval_hard, compact, targets, exclude
+        _pdp_targets.check_arguments(self)
+        self.final = _pdp_targets.final_sparsity(sparsity, granularity)
         self.store: MaskStore | None = None
         self._saved: dict[str, Any] | None = None
         self._begin()
@@ -122,9 +111,10 @@ class PDPCallback(MethodCallback):
     # ---- attaching -------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self.step, self._share = 0, 0.0
+        self.step, self._share, self.compaction = 0, 0.0, Compaction(self.compact)
         self.ramp: Ramp | None = None
         self.freeze_step: int | None = None
+        self._told: dict[str, Any] = {}
         self.layers: dict[str, PrunedWeight] = {}
         self.budgeted = self.frozen = self._hard = False
         self.dense: dict[str, Any] = {}
@@ -133,7 +123,7 @@ class PDPCallback(MethodCallback):
 
     def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
-            # a Trainer that goes on (fit called again) goes on with its budget
+            # fit called again goes on with its budget
             self._saved = self.state_dict() if trainer.global_step else None
             self._begin()
             self.keep(when_built(pl_module, lambda: self._select(pl_module)))
@@ -142,12 +132,15 @@ class PDPCallback(MethodCallback):
             # the module's hooks run after all callbacks', so after WeightAveraging put its average in
             self.keep(wrap(pl_module, "on_validation_epoch_start", self._then_harden))
             self.keep(wrap(pl_module, "on_train_end", self._then_finish))
+            check(not self.compact or product(pl_module) is not pl_module, "compact", True, "a network in module.model")
 
     def _select(self, pl_module: Any) -> None:
         weights = _pdp_targets.chosen(pl_module, self.targets, self.exclude, self.granularity)
         self.store = MaskStore(weights)
+        self._swaps = []
         for weight in weights:
-            self.keep(reweight_everywhere(pl_module, weight.parameter, self._see_through(weight.name)))
+            self._swaps += reweight_everywhere(pl_module, weight.parameter, self._see_through(weight.name))
+        self.keep(self._swaps)
 
     def _see_through(self, name: str) -> Callable[[Tensor], Tensor]:
         def seen(raw: Tensor) -> Tensor:  # a closure: a deep copy of the module must not copy the callback
@@ -159,58 +152,50 @@ class PDPCallback(MethodCallback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self._saved is not None:
-            self._restore(self._saved)
+            self._restore(self._saved, product(pl_module))
         self.keep(after_optimizer_step(trainer, lambda opt: self._count(trainer, opt), type(self).__name__))
-
-    def _count(self, trainer: Any, optimizer: Any) -> None:
-        self.step += optimizer is trainer.optimizers[0]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.ramp is None:
-            begin, end = (resolve_point(name, getattr(self, name), trainer) for name in ("start", "stop"))
-            self.ramp = Ramp(begin, end, resolve_point("every", self.every, trainer, interval=True))
-            if self.freeze is not None:
-                self.freeze_step = resolve_point("freeze", self.freeze, trainer)
-                valid = f"a point not before start={self.start!r}"
-                check(self.freeze_step >= begin, "freeze", self.freeze, valid)
+            self.ramp, self.freeze_step = _pdp_targets.points(self, trainer)
 
     # ---- one step --------------------------------------------------------------------------------------------
+
+    def _count(self, trainer: Any, optimizer: Any) -> None:
+        self.step += optimizer is trainer.optimizers[0]
+        self.compaction.project()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         model = product(pl_module)
         if self._probe is None and model is not pl_module:
             self._probe = ForwardProbe(model)
             self.keep(self._probe)
-        if self.step < self.ramp.start or self.frozen:
+        if self.frozen:
+            if self.step > self.freeze_step:  # one step later, when a resumed run has seen a forward too
+                self.compaction.silence(self._probe, self.store)
+            return
+        if self.step < self.ramp.start:
             return
         if not self.budgeted:
             # once, where every weight still lives: what the finished model is compared with
             if trainer.is_global_zero and "parameters" not in self.dense:
                 self.dense |= measure(model)
-            self._budget()
+            _mask_report.warn_of_frozen(self.store)
+            self.budgeted, form = True, (self.granularity, self.scope, self.final, self.temperature)
+            self.layers = _pdp_targets.budget(list(self.store.weights.values()), *form)
         share = self.ramp.share(self.step)
         if share != self._share:
             self._rise(share)
+            told = {"target": share * self.final, **_pdp_targets.shares(self.layers, self.store.weights)}
+            self._unlogged = {f"{self.slug}/{name}": value for name, value in told.items()}
         if self.freeze_step is not None and self.step >= self.freeze_step:
             self._harden()
             self.frozen = True
 
-    def _budget(self) -> None:
-        """Fix each weight's final share and temperature from the weights as they are now."""
-        _mask_report.warn_of_frozen(self.store)
-        self.budgeted, weights = True, list(self.store.weights.values())
-        self.layers = _pdp_targets.budget(weights, self.granularity, self.scope, self.final, self.temperature)
-
     def _rise(self, share: float) -> None:
-        total, told = 0, 0.0
-        for name, layer in self.layers.items():
-            raw = self.store.weights[name].data
-            layer.set_share(share, raw.device)
-            total, told = total + raw.numel(), told + layer.told(raw) * raw.numel()
         self._share = share
-        pruned, undecided = (told / max(total, 1)).tolist() if self.layers else (0.0, 0.0)
-        values = {"target": share * self.final, "sparsity": pruned, "undecided": undecided}
-        self._unlogged = {f"{self.slug}/{name}": value for name, value in values.items()}
+        for name, layer in self.layers.items():
+            layer.set_share(share, self.store.weights[name].data.device)
 
     @torch.no_grad()
     def _harden(self) -> None:
@@ -241,35 +226,42 @@ class PDPCallback(MethodCallback):
     def _then_finish(self, call_next: Callable, *args: Any) -> None:
         call_next(*args)
         self._harden()
+        for handle in self._swaps:
+            handle.remove()
         self.store.apply_()
+        self._told = _mask_report.pruning_report(self.store)
         if self.ramp is not None and self._share < 1:
-            reached = float(self.store.sparsity())
-            _mask_report.warn_of_early_end(self.step, self.ramp.stop, reached, self.final)
+            _mask_report.warn_of_early_end(self.step, self.ramp.stop, self._told["sparsity"], self.final)
+        if self._probe is not None:
+            self.compaction.take_out(self._probe, self.store)
 
     # ---- state and report --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "share": self._share,
             "ramp": dict(vars(self.ramp)) if self.ramp else None,
             "freeze": self.freeze_step,
             "layers": {n: {"sparsity": w.sparsity, "temperature": w.temperature} for n, w in self.layers.items()},
             "budgeted": self.budgeted,
             "masks": self.store.state() if self.frozen else {},
+            "silenced": self.compaction.state(),
             "dense": dict(self.dense),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _restore(self, saved: dict[str, Any], model: Any) -> None:
         self.step, self.freeze_step, self.dense = saved["step"], saved["freeze"], dict(saved["dense"])
         self.ramp = Ramp(**saved["ramp"]) if saved["ramp"] else None
         weights = {name: self.store.weights[name] for name in saved["layers"]}
         self.layers = _pdp_targets.layers_of(weights, self.granularity, saved["layers"])
         self.store.load_state(saved["masks"])
-        self.budgeted, self.frozen = saved["budgeted"], bool(saved["masks"])
-        self._hard = self.frozen
+        self._rise(saved["share"])
+        self.budgeted, self.frozen, self._hard = saved["budgeted"], bool(saved["masks"]), bool(saved["masks"])
+        self.compaction.load_state(model, saved["silenced"])
 
     def _fold(self, state: dict[str, Any]) -> dict[str, Any]:
         if not self.layers:
@@ -289,34 +281,20 @@ class PDPCallback(MethodCallback):
 
     def report(self) -> dict[str, Any]:
         """Counted sparsity per weight and in all, dense numbers at ``start``, latency.
-
         Raises:
             ConfigurationError: before any fit.
         """
         if self.store is None:
             raise ConfigurationError("report() needs a fit: nothing was pruned yet.")
-        told = _mask_report.pruning_report(self.store)
+        told = dict(self._told or _mask_report.pruning_report(self.store))
         for name, layer in self.layers.items():
             told["layers"][name] |= {"target": layer.sparsity, "temperature": layer.temperature}
+        told |= {"channels": self.compaction.counts} if self.compaction.counts else {}
+        told |= _mask_report.columns(self.dense, self._probe, self.compaction.full)
         curves = [f"{self.slug}/sparsity", f"{self.slug}/undecided", *sorted(self.dense.get("metrics", {}))]
-        return {"steps": self.step, "curves": curves, **told, **_mask_report.columns(self.dense, self._probe)}
+        return {"steps": self.step, "curves": curves, **told}
 
     @classmethod
     def contract_example(cls) -> ContractExample:
         """For the contract suite."""
-        return ContractExample(
-            kwargs={"sparsity": 0.5, "temperature": "auto", "start": 2, "stop": 12, "every": 2},
-            bad={
-                "sparsity": [1.0, -0.1, float("nan"), None],
-                "temperature": [0, -1e-4, float("nan"), float("inf"), "warm"],
-                "start": [-1, 1.5, "3 parsecs"],
-                "stop": [-1, 1.5, 1],
-                "every": [0, -3],
-                "freeze": [-1, 1.5, 1],
-                "granularity": ["2:2", "4x1", "blocks"],
-                "scope": "everywhere",
-                "eval_hard": "yes",
-                "targets": ["no.such.layer", 3],
-                "exclude": "no.such.layer",
-            },
-        )
+        return _pdp_example.example()
