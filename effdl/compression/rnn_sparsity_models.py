@@ -167,7 +167,7 @@ class SparseGraphRNNModule(ImageClassifier):
         self.hparams["graph"] = [list(edge) for edge in rnn.edges]  # the wiring itself, whatever drew it
 
     def report(self) -> dict[str, Any]:
-        """Layers of the graph, its statistics, and the nodes whose output goes nowhere."""
+        """Layers and edges of the graph, its statistics, and the nodes whose output goes nowhere."""
         rnn = self.model.rnn
         into = {layer: [source for target, source in rnn.skips if target == layer] for layer in range(len(rnn.layers))}
         rows = {
@@ -176,7 +176,8 @@ class SparseGraphRNNModule(ImageClassifier):
         }
         told = graph_properties(rnn.edges)
         name = f"{rnn.mode} of {told['nodes']} nodes"
-        return {"layers": rows, "dead_ends": rnn.dead_ends, "properties": told, "after": {"name": name}}
+        wiring = {"edges": [list(edge) for edge in rnn.edges], "dead_ends": rnn.dead_ends}
+        return {"layers": rows, **wiring, "properties": told, "after": {"name": name}}
 
     @classmethod
     def contract_example(cls) -> ContractExample:

@@ -58,3 +58,11 @@ def test_claim_07_both_groups_at_80_percent_heal_in_one_epoch():
     means = {group: statistics.mean(run[0.8, group, 0] for run in runs.values()) for group in ("h2h", "i2h")}
     print(f"80 % at once: h2h {means['h2h']:.1f}, i2h {means['i2h']:.1f}")
     assert means["h2h"] >= means["i2h"] + 10
+
+
+def test_edited_strings_are_the_harder_task():
+    """Not asked for by the check, whose numbers these are: 50 % costs accuracy here, 80 % all of it, and both heal."""
+    for seed, run in measure("edit", modes=("GRU",)).items():
+        assert run[0.0, "none", 0] >= 95, seed
+        assert run[0.8, "both", 0] <= 65, seed
+        assert run[0.8, "both", 1] >= 90, seed
