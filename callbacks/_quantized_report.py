@@ -70,7 +70,7 @@ class Finished:
                 for batch in itertools.islice(loader, count):
                     batch = to_device(batch, self.device)
                     labels, logits = unpack(batch).labels, ask(network, network_inputs(batch))
-                    if not isinstance(labels, Tensor) or labels.shape != logits.shape[:-1]:
+                    if not isinstance(labels, Tensor) or logits.dim() != 2 or labels.shape != logits.shape[:1]:
                         return {}
                     right, seen = right + int((logits.argmax(-1) == labels).sum()), seen + labels.numel()
         except ConfigurationError:  # a network without logits
