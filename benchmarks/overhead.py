@@ -6,23 +6,31 @@ they have layers to replace.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.race import Make, images, peak_bytes, race, ratios
+from benchmarks.race import Make, images, peak_bytes, periods, race, ratios
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method, how its run is made, and the ratio that it must not exceed (``None``: reported)."""
+    """A method, how its run is made, and the ratio that it must not exceed (``None``: reported).
+
+    Where ``least`` is given, the target is a margin on the ratio of that run, which has in it what the method cannot do
+    without and nothing else; it takes part in the same race. A method that works only every ``period`` steps is
+    measured by means over so many.
+    """
 
     name: str
     make: Make
     bare: str
     target: float | None = None
+    least: Make | None = None
+    period: int = 1
 
 
 def classifier(model: str, cls: Any = None, **kwargs: Any) -> Any:
@@ -50,6 +58,35 @@ def lightning_pruning(sparsity: float) -> Any:
     return FromTheStart("l1_unstructured", apply_pruning=False, use_lottery_ticket_hypothesis=False)
 
 
+def teachers() -> list[Any]:
+    """Two frozen resnet18."""
+    from effdl.core.teacher import freeze
+
+    return [freeze(classifier("resnet18").model) for _ in range(2)]
+
+
+def meal() -> tuple[Any, list[Any]]:
+    from effdl.compression.meal_v2 import MEALV2ImageClassifier
+
+    return classifier("resnet18", MEALV2ImageClassifier, teachers=teachers(), discriminator_k=2), []
+
+
+def with_forward_of_teachers() -> tuple[Any, list[Any]]:
+    """The bare run, and each batch through the teachers: what they say is not used."""
+    from effdl.tasks.image import ImageClassifier
+
+    given = teachers()
+
+    class Asking(ImageClassifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with torch.no_grad():
+                for teacher in given:
+                    teacher(batch["image"])
+            return super().training_step(batch, batch_idx)
+
+    return classifier("resnet18", Asking), []
+
+
 def rows(names: list[str] | None = None) -> list[Row]:
     """All rows, or those named."""
     from effdl.callbacks import (
@@ -60,6 +97,7 @@ def rows(names: list[str] | None = None) -> list[Row]:
         SAMCallback,
         SharpnessCallback,
         SmoothGradCAMCallback,
+        TrainedRankPruningCallback,
     )
     from effdl.training.elr import ELRImageClassifier
 
@@ -77,10 +115,18 @@ def rows(names: list[str] | None = None) -> list[Row]:
         Row("Lightning ModelPruning", with_callbacks(resnet, lambda: lightning_pruning(0.9)), resnet),
         Row("SAM", with_callbacks(resnet, lambda: SAMCallback(rho=0.05)), resnet, 2.15),
         Row("ELR", elr, resnet, 1.03),
+        Row("MEAL V2", meal, resnet, 0.05, least=with_forward_of_teachers),
         Row(
             "Smooth Grad-CAM++ (idle)", with_callbacks(resnet, lambda: SmoothGradCAMCallback(every=never)), resnet, 1.01
         ),
         Row("sharpness (idle)", with_callbacks(resnet, lambda: SharpnessCallback(every=never)), resnet, 1.01),
+        Row(
+            "TRP (amortised at its default period)",
+            with_callbacks(resnet, lambda: TrainedRankPruningCallback(decompose=False)),
+            resnet,
+            1.10,
+            period=TrainedRankPruningCallback().every,
+        ),
         Row("PowerNorm v LayerNorm", with_callbacks(vit, lambda: PowerNormCallback(warmup_iters=0)), vit, 1.5),
         Row("PolyNorm v GELU", with_callbacks(vit, PolyComCallback), vit),
         Row("PolyReLU v GELU", with_callbacks(vit, lambda: PolyComCallback(kind="polyrelu")), vit),
@@ -102,9 +148,14 @@ def measure(pairs: int, batch: int, names: list[str] | None = None, memory: bool
         peaks |= {model: peak_bytes(make, data) for model, make in bares.items()}
     results = []
     for row in chosen:
-        times = race({"bare": bares[row.bare], "method": row.make}, data, pairs)
-        result = {"name": row.name, "model": row.bare, **ratios(times, "method", "bare"), "target": row.target}
-        result["met"] = None if row.target is None else result["median"] <= row.target
+        makers = {"bare": bares[row.bare], "method": row.make} | ({"least": row.least} if row.least else {})
+        rounds = math.ceil(pairs / row.period) * row.period
+        times = periods(race(makers, data, rounds), row.period)
+        target = row.target
+        if row.least:
+            target = round(ratios(times, "least", "bare")["median"] + (row.target or 0), 3)
+        result = {"name": row.name, "model": row.bare, **ratios(times, "method", "bare"), "target": target}
+        result["met"] = None if target is None else result["median"] <= target
         result |= {"peak_bytes": peaks.get(row.name), "bare_peak_bytes": peaks.get(row.bare)}
         results.append(result)
     return results

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from effdl.compression._meal_loss import MEALDiscriminator
 from effdl.compression._meal_teachers import Teachers, check_single_label, looks_untrained
 from effdl.core.calibrate import to_device
+from effdl.core.checkpoint import fold_into, unfold_from
 from effdl.core.distill import classes_of
 from effdl.core.errors import ConfigurationError, check
 from effdl.core.export import product, save_timm
 from effdl.core.random import preserved_rng
 from effdl.core.report import first_example, latencies_ms, measure
 
+_DISCRIMINATOR = "meal_discriminator."
 _FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
@@ -106,6 +108,28 @@ def param_groups(
     return [student] + ([{"params": adversary, "lr": d_lr, "weight_decay": 0.0}] if adversary else [])
 
 
+def fold_discriminator(checkpoint: dict[str, Any], slug: str) -> None:
+    """The state dicts of a checkpoint become the plain student's; D lies in ``checkpoint["effdl"][slug]``."""
+
+    def fold(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: state.pop(key) for key in list(state) if key.startswith(_DISCRIMINATOR)}
+
+    fold_into(checkpoint, slug, fold)
+
+
+def unfold_discriminator(checkpoint: dict[str, Any], slug: str, own: dict[str, Tensor]) -> dict[str, Any]:
+    """Put D back before the strict load; where a checkpoint (of an ordinary training, say) has none, that of ``own``.
+
+    Returns:
+        What lies in ``checkpoint["effdl"][slug]``.
+    """
+    own = {key: value for key, value in own.items() if key.startswith(_DISCRIMINATOR)}
+    if own and "state_dict" in checkpoint:
+        checkpoint["state_dict"].update(own)
+        unfold_from(checkpoint, slug, lambda state, kept: state.update(kept))
+    return checkpoint.get("effdl", {}).get(slug, {})
+
+
 def warn_of_groups(optimizers: list[Any], discriminator: nn.Module | None, d_lr: float) -> None:
     """The discriminator outside every optimizer or at another rate than asked for; weight decay."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -122,6 +146,15 @@ def warn_of_groups(optimizers: list[Any], discriminator: nn.Module | None, d_lr:
         rank_zero_warn(f"The discriminator trains at the student's learning rate instead of d_lr. {use}")
     elif any(abs(group.get("initial_lr", group["lr"]) / d_lr - 1) > 1e-6 for group in own):
         rank_zero_warn("The scheduler sets the discriminator's learning rate itself: give it one value per group.")
+
+
+def warn_of_outrun(adversarial: str | None, loss: Tensor | None) -> None:
+    """At the end: under reversal L_d has no upper bound, and a slow D is no opponent."""
+    if adversarial == "reversal" and loss is not None and float(loss) > 1.0:
+        rank_zero_warn(
+            f"L_d ended at {float(loss):.2f}, above chance (0.69): the student has outrun the discriminator and drifts "
+            "away from its teachers. Raise d_lr, or lower d_weight or the student's rate."
+        )
 
 
 @cache

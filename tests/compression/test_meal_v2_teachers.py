@@ -128,6 +128,15 @@ def test_an_untrained_student_warns_and_a_trained_one_does_not():
         fit(stock(model=plain.model), epochs=1)
 
 
+def test_a_student_that_outruns_its_discriminator_is_told():
+    with pytest.warns(UserWarning, match="outrun the discriminator"):
+        fit(stock(d_weight=100.0, d_lr=1e-6), epochs=6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*outrun")
+        fit(stock(), epochs=1)
+        fit(stock(adversarial=None), epochs=1)
+
+
 def test_report_compares_before_and_after():
     module = stock()
     trainer = fit(module, val=loader(), num_sanity_val_steps=-1)
