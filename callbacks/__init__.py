@@ -21,6 +21,7 @@ _EXPORTS = {
     "PruningCallback": "effdl.callbacks.gradual_pruning",
     "QuantizedDistillationCallback": "effdl.callbacks.quantized_distillation",
     "RNGStateCallback": "effdl.callbacks.rng_state",
+    "RelevancePruningCallback": "effdl.callbacks.relevance_pruning",
     "RNNPruningCallback": "effdl.callbacks.rnn_sparsity",
     "SAMCallback": "effdl.callbacks.sam",
     "SharpnessCallback": "effdl.callbacks.sharpness",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from effdl.callbacks.polycom import PolyComCallback
     from effdl.callbacks.powernorm import PowerNormCallback
     from effdl.callbacks.quantized_distillation import QuantizedDistillationCallback
+    from effdl.callbacks.relevance_pruning import RelevancePruningCallback
     from effdl.callbacks.rng_state import RNGStateCallback
     from effdl.callbacks.rnn_sparsity import RNNPruningCallback
     from effdl.callbacks.sam import SAMCallback
@@ -52,6 +54,7 @@ __all__ = [
     "PruningCallback",
     "QuantizedDistillationCallback",
     "RNGStateCallback",
+    "RelevancePruningCallback",
     "RNNPruningCallback",
     "SAMCallback",
     "SharpnessCallback",

@@ -103,7 +103,16 @@ def _is_depthwise(layer: nn.Module) -> bool:
 
 
 def width_of(layer: nn.Module) -> int:
+    """Output channels of a convolution, output features of a Linear layer."""
     return layer.out_channels if isinstance(layer, nn.modules.conv._ConvNd) else layer.out_features
+
+
+def weight_rows(layer: nn.Module) -> Tensor:
+    """(channels, ...): the weights that make each output channel, also of a transposed convolution."""
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
 
 
 def _producer(graph: Any, layer: nn.Module) -> nn.Module:

@@ -30,6 +30,7 @@ from effdl.core._channel_groups import (
     channel_parameters,
     silence_,
     traced_groups,
+    weight_rows,
     whole_group,
     width_of,
 )
@@ -50,9 +51,13 @@ __all__ = [
     "channel_groups",
     "channel_parameters",
     "compact",
+    "dead_channels",
     "multiply_accumulates",
     "rebuild",
     "silence_",
+    "swap_children",
+    "weight_rows",
+    "width_of",
 ]
 
 
@@ -116,12 +121,7 @@ def _as_mask(model: nn.Module, name: str, channels: Channels) -> Tensor:
         check(legal, f"pruned[{name!r}]", given.tolist(), f"channel numbers from 0 to {width - 1}")
         mask = torch.zeros(width, dtype=torch.bool)
         mask[given.long()] = True
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        grouped = layer.weight.detach().unflatten(0, (layer.groups, -1)).transpose(1, 2)
-        rows = grouped.flatten(0, 1).flatten(1)
-    else:
-        rows = layer.weight.detach().flatten(1)
-    alive = mask & rows.ne(0).any(1).cpu()
+    alive = mask & weight_rows(layer).ne(0).any(1).cpu()
     if alive.any():
         raise ConfigurationError(
             f"pruned[{name!r}]: channels {alive.nonzero().flatten().tolist()[:8]} have weights that are not zero. "
@@ -270,6 +270,17 @@ def _resized(layer: nn.Module, key: str, tensor: Tensor) -> Tensor:
         shape = (getattr(layer, "num_features", None) or layer.num_parameters,)
     values = tensor.detach()[tuple(slice(0, n) for n in shape)].clone()
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def dead_channels(model: nn.Module) -> dict[str, Tensor]:
+    """Layer name to bool (channels,): output channels of convolutions and Linear layers whose weights are all zero."""
+    return {n: weight_rows(m).eq(0).all(1).cpu() for n, m in model.named_modules() if isinstance(m, MAKERS)}
+
+
+def swap_children(model: nn.Module, other: nn.Module) -> None:
+    """Put the layers, parameters and buffers of a network of the same class into ``model``, which stays the object."""
+    for kind in ("_modules", "_parameters", "_buffers"):
+        getattr(model, kind).update(getattr(other, kind))
 
 
 def multiply_accumulates(model: nn.Module, example_inputs: Any) -> int:
