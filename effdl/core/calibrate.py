@@ -14,7 +14,7 @@ from effdl.core.batch import unpack
 from effdl.core.capture import evaluating
 from effdl.core.distributed import all_reduce_mean
 from effdl.core.errors import ConfigurationError, check_integer
-from effdl.core.random import preserved_rng
+from effdl.core.random import generator, preserved_rng
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
@@ -22,7 +22,9 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, batch)
 
 
-def calibration_batches(trainer: Any, pl_module: Any, count: int, *, train: bool = True) -> list[Any]:
+def calibration_batches(
+    trainer: Any, pl_module: Any, count: int, *, train: bool = True, seed: int | None = None
+) -> list[Any]:
     """The first ``count`` batches of the train (or validation) data, on the module's device, each epoch the same.
 
     Read through a loader of its own: the training loader's iterator and the global RNG stream are not advanced.
@@ -32,6 +34,7 @@ def calibration_batches(trainer: Any, pl_module: Any, count: int, *, train: bool
         pl_module: its module.
         count: number of batches, at least 1.
         train: from the training data, else from the first validation loader.
+        seed: of a shuffled order (map-style data), for data sets that are sorted by class; ``None``: as they lie.
 
     Raises:
         ConfigurationError: ``count`` < 1 or the loader is empty.
@@ -47,27 +50,30 @@ def calibration_batches(trainer: Any, pl_module: Any, count: int, *, train: bool
         raise ConfigurationError(f"calibration_batches={count}: the Trainer has no {which} data yet.")
     # augmentation and a loader's own seed draw from the global streams
     with preserved_rng():
-        batches = list(itertools.islice(_in_order(loader), count))
+        batches = list(itertools.islice(_in_order(loader, seed), count))
     if not batches:
         raise ConfigurationError(f"calibration_batches={count}: the loader is empty.")
     return [to_device(batch, pl_module.device) for batch in batches]
 
 
-def _in_order(loader: Any) -> Iterator[Any]:
-    """A map-style DataLoader's data in its own order, without shuffling; any other iterable as it comes."""
+def _in_order(loader: Any, seed: int | None = None) -> Iterator[Any]:
+    """A map-style DataLoader's data in its own order, or in that of a seed; any other iterable as it comes."""
     if not isinstance(loader, torch.utils.data.DataLoader) or isinstance(
         loader.dataset, torch.utils.data.IterableDataset
     ):
         yield from loader
         return
+    order = list(range(len(loader.dataset)))
+    if seed is not None:
+        order = torch.randperm(len(order), generator=generator(seed)).tolist()
     if loader.batch_sampler is None:  # batch_size=None: an example of the data set is a batch
-        yield from (loader.collate_fn(loader.dataset[i]) for i in range(len(loader.dataset)))
+        yield from (loader.collate_fn(loader.dataset[i]) for i in order)
         return
     size = getattr(loader.batch_sampler, "batch_size", None) or 1
-    for start in range(0, len(loader.dataset), size):
-        indices = range(start, min(start + size, len(loader.dataset)))
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
         if hasattr(loader.dataset, "__getitems__"):
-            samples = loader.dataset.__getitems__(list(indices))
+            samples = loader.dataset.__getitems__(indices)
         else:
             samples = [loader.dataset[i] for i in indices]
         yield loader.collate_fn(samples)
