@@ -1,4 +1,4 @@
-"""``python -m benchmarks overhead|peers [--pairs N] [--batch B] [--rows NAME ...] [--no-memory] [--out FILE.json]``."""
+"""``python -m benchmarks overhead|peers|compression [--pairs N] [--batch B] [--rows NAME ...] [--out FILE]``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from benchmarks import overhead, peers
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time ratios, measured in pairs.")
-    parser.add_argument("what", choices=("overhead", "peers"))
+    parser.add_argument("what", choices=("overhead", "peers", "compression"))
     parser.add_argument("--pairs", type=int, default=20, help="interleaved pairs of steps (default 20)")
     parser.add_argument("--batch", type=int, default=64, help="images per step (default 64)")
-    parser.add_argument("--rows", nargs="*", metavar="NAME", help="of overhead: these methods only")
+    parser.add_argument("--rows", nargs="*", metavar="NAME", help="of overhead: methods; of compression: tables")
     parser.add_argument("--no-memory", action="store_true", help="of overhead: skip the peak memory")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--seeds", type=int, default=3, help="of compression (default 3)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/compression"), help="of compression: its runs")
     args = parser.parse_args(arguments)
     if args.pairs < 1 or args.batch < 2:
         parser.error("--pairs must be at least 1 and --batch at least 2")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    if args.what == "compression":
+        from benchmarks import compression
+
+        print(aligned(compression.lines(compression.measure(args.folder, args.seeds, args.rows))))
+        return 0
     if args.what == "overhead":
         results = overhead.measure(args.pairs, args.batch, args.rows, not args.no_memory)
         lines = overhead.table(results)
