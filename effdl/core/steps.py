@@ -143,7 +143,8 @@ def tap_logits(module: nn.Module, network: str | None = None) -> Iterator[Tap]:
 
     Args:
         module: the LightningModule.
-        network: name of the submodule whose output are the logits; ``None``: the module itself or a direct child.
+        network: name of the submodule whose output are the logits, (B, C) or, as of a language model, (B, ..., C);
+            ``None``: the module itself or a direct child, (B, C) only.
 
     Example::
 
@@ -156,7 +157,10 @@ def tap_logits(module: nn.Module, network: str | None = None) -> Iterator[Tap]:
     def listen(into: list[Tensor]) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             logits = logits_of(output)
-            if isinstance(logits, Tensor) and logits.dim() == 2 and logits.is_floating_point():
+            shape_fits = isinstance(logits, Tensor) and (
+                logits.dim() == 2 or (network is not None and logits.dim() > 2)
+            )
+            if shape_fits and logits.is_floating_point():
                 into.append(logits)
 
         return hook
