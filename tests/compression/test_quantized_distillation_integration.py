@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 from effdl.callbacks import DifferentiableQuantizationCallback, PruningCallback, QuantizedDistillationCallback
 from effdl.core.errors import ConfigurationError
@@ -129,6 +131,43 @@ def test_points_that_jump_are_warned_of():
     module = Net(trained(), lambda p: torch.optim.Adam(p, 0.5))
     with pytest.warns(UserWarning, match="passed a neighbour.*lower the learning rate"):
         fit(module, [DifferentiableQuantizationCallback(2, None)], epochs=1)
+
+
+def test_points_without_a_weight_are_warned_of():
+    with pytest.warns(UserWarning, match="no weight at them"):
+        fit(Net(trained()), [DifferentiableQuantizationCallback(8, None, init="uniform", targets="model.5")], epochs=1)
+
+
+class Reader(LightningModule):
+    """A language model: logits (B, T, V)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Embedding(7, 16), nn.Linear(16, 7))
+
+    def training_step(self, batch, batch_idx):
+        return {"loss": F.cross_entropy(self.model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_language_models_name_the_network_of_their_logits():
+    tokens = torch.arange(24).view(4, 6) % 7
+    loader = DataLoader([{"input_ids": tokens, "labels": tokens}] * 4, batch_size=None)
+
+    class Teacher(nn.Module):
+        def forward(self, input_ids):
+            return F.one_hot(input_ids, 7).float()
+
+    options = {"max_epochs": 1, "enable_checkpointing": False, **QUIET}
+    callback = QuantizedDistillationCallback(4, Teacher(), network="model")
+    Trainer(callbacks=[callback], **options).fit(module := Reader(), loader)
+    assert sorted(quantized_weights(module.model)) == ["0.weight", "1.weight"]
+    assert callback.report()["after"]["metrics"] == {}
+    with pytest.raises(ConfigurationError, match="network="):
+        Trainer(callbacks=[QuantizedDistillationCallback(4, Teacher())], **options).fit(Reader(), loader)
 
 
 def test_averaged_weights_are_quantised_too(tmp_path):
