@@ -9,15 +9,8 @@ from torch import Tensor, nn
 
 from effdl.callbacks import _rank_report
 from effdl.callbacks._base import MethodCallback
-from effdl.compression.trained_rank_pruning import (
-    FINAL,
-    PAPER,
-    check_numbers,
-    decompose,
-    factors_of,
-    select_layers,
-    truncate,
-)
+from effdl.compression.trained_rank_pruning import FINAL, PAPER, check_numbers, decompose, factors_of, select_layers
+from effdl.compression.trained_rank_pruning import truncate as cut_of
 from effdl.core.calibrate import calibration_batches as batches_of
 from effdl.core.calibrate import recalibrate_batchnorm
 from effdl.core.contract import ContractExample
@@ -123,6 +116,7 @@ class TrainedRankPruningCallback(MethodCallback):
         self._metrics: dict[str, dict[str, float]] = {}
         self._saved: dict[str, Any] | None = None
         self._probe: ForwardProbe | None = None
+        self._network: nn.Module | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -188,7 +182,7 @@ class TrainedRankPruningCallback(MethodCallback):
         """W <- T(W) in place (``write``), and G for this optimizer step."""
         for name, layer in self.layers.items():
             weight = dense_weight(layer)
-            cut = truncate(weight, self.scheme, ("energy", self.keep_energy), name)
+            cut = cut_of(weight, self.scheme, ("energy", self.keep_energy), name)
             new, direction = (part.to(weight.dtype).contiguous() for part in (cut.weight, cut.subgradient))
             broadcast(new, direction)  # devices may disagree in the last bit
             if write:
@@ -234,20 +228,16 @@ class TrainedRankPruningCallback(MethodCallback):
     def _split(self, trainer: Any, pl_module: Any, *, train: bool) -> None:
         criterion = self.final_criterion or FINAL[self.scheme]
         _, self.rows = decompose(pl_module, self.layers, self.scheme, criterion, inplace=True)
-        self.layers = {}
+        self.layers, self._network = {}, product(pl_module)
         if self.calibration_batches:
             batches = batches_of(trainer, pl_module, self.calibration_batches, train=train)
-            recalibrate_batchnorm(product(pl_module), batches)
+            recalibrate_batchnorm(self._network, batches)
 
     def finalize(self, model: nn.Module) -> nn.Module:
-        """A copy of a trained model with its layers split, without a Trainer; ``rows`` tells of each layer.
-
-        Raises:
-            ConfigurationError: nothing to split, or a tied weight.
-        """
+        """A copy of a trained model with its layers split, without a Trainer; ``rows`` tells of each layer."""
         layers = select_layers(model, self.scheme, self.targets, self.exclude)
-        small, self.rows = decompose(model, layers, self.scheme, self.final_criterion or FINAL[self.scheme])
-        return small
+        self._network, self.rows = decompose(model, layers, self.scheme, self.final_criterion or FINAL[self.scheme])
+        return self._network
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         # validated alone, a checkpoint of a run with this method becomes what the end would have made of it
@@ -270,15 +260,12 @@ class TrainedRankPruningCallback(MethodCallback):
         return list(self.layers)
 
     def report(self) -> dict[str, Any]:
-        """Rank, weights and multiply-adds of each layer, and the dense network beside the split one.
-
-        Raises:
-            ConfigurationError: before any fit.
-        """
+        """Rank, weights and multiply-adds of each layer, and the dense network beside the split one; after a fit."""
         if not self.rows and not self._ranks:
             raise ConfigurationError("report() needs a fit: no layer was cut yet.")
         rows = self.rows or {name: {"rank": float(rank)} for name, rank in self._ranks.items()}
-        told = _rank_report.columns(rows, self._metrics, self._probe) if self.rows else {"layers": rows}
+        inputs = self._probe.inputs if self._probe else None
+        told = _rank_report.columns(rows, self._metrics, self._network, inputs) if self.rows else {"layers": rows}
         return {"scheme": self.scheme, "curves": [f"{self.slug}/rank", *self._metrics.get("before", {})], **told}
 
     @classmethod
