@@ -34,7 +34,7 @@ class MEALRun:
         self.example: Any = None
 
     @torch.no_grad()
-    def see(self, inputs: Any, answers: list[Tensor], batch: Any) -> None:
+    def see(self, inputs: Any, answers: list[Tensor], labels: Tensor | None) -> None:
         """Every batch; the first one is looked at on the spot.
 
         Raises:
@@ -43,7 +43,7 @@ class MEALRun:
         finite = torch.stack([z.isfinite().all() for z in answers])
         first, self.finite = self.finite is None, finite if self.finite is None else self.finite & finite
         if first:
-            check_single_label(batch, answers[0].shape[1])
+            check_single_label(labels, answers[0].shape[1])
             self.example = to_device(first_example(inputs), "cpu")
             self.check_finite()
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effdl.core.batch import unpack
 from effdl.core.distill import Teacher, resolve_teacher, teacher_logits
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
 from effdl.core.teacher import Frozen
@@ -201,9 +200,8 @@ def _constant(x: Tensor) -> bool:
     return bool((x == x.flatten()[0]).all())
 
 
-def check_single_label(batch: Any, classes: int) -> None:
+def check_single_label(labels: Tensor | None, classes: int) -> None:
     """Raise where labels say that several classes may be right at once: softmax is not their model."""
-    labels = unpack(batch).labels if not isinstance(batch, Tensor) else None
     if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == classes:
         sums = labels.float().sum(1)
         if not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):

@@ -144,8 +144,7 @@ class MEALV2Mixin:
         self.meal_discriminator = make_discriminator(self, self.meal_teachers, discriminator_k, adversarial)
         hook = getattr(super(), "compute_loss", None)
         self._meal_stock = hook is not None and list(inspect.signature(hook).parameters) == ["outputs", "batch"]
-        # of one fit; whether this step's loss was ours; batches that CutMix has seen
-        self._meal_run, self._meal_done, self._meal_mixed = MEALRun(), False, 0
+        self._meal_run, self._meal_done = MEALRun(), False  # of one fit; whether this step's loss was ours
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -177,17 +176,8 @@ class MEALV2Mixin:
         self.meal_teachers.check_eval()
         return super().on_train_batch_start(batch, batch_idx)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        batch = super().on_after_batch_transfer(batch, dataloader_idx)
-        if self.meal_cutmix and self.trainer.training:  # here and not in the step: SAM's second pass sees the same
-            images = unpack(batch, self.meal_input_key).inputs
-            check(isinstance(images, Tensor) and images.dim() == 4, "cutmix", self.meal_cutmix, "0 without images")
-            rng = np.random.default_rng([rank(), self._meal_mixed])
-            self._meal_mixed += 1
-            batch = with_inputs(batch, images, cutmix_images(images, self.meal_cutmix, rng))
-        return batch
-
     def training_step(self, batch: Any, *args: Any) -> Any:
+        batch = self._meal_mixed(batch, *args) if self.meal_cutmix else batch
         if not self._meal_stock:
             loss = self.meal_loss(ask(self, network_inputs(batch, self.meal_input_key)), batch)
             self.log("train/loss", loss.detach(), prog_bar=True)
@@ -198,6 +188,13 @@ class MEALV2Mixin:
         if output is not None and not self._meal_done:
             raise ConfigurationError(f"training_step of {type(self).__name__} does not ask compute_loss for its loss.")
         return output
+
+    def _meal_mixed(self, batch: Any, batch_idx: int = 0, *_: Any) -> Any:
+        """CutMix, a function of (process, epoch, batch): the same in a resumed run and in a second pass (SAM)."""
+        images = unpack(batch, self.meal_input_key).inputs
+        check(isinstance(images, Tensor) and images.dim() == 4, "cutmix", self.meal_cutmix, "0 without images")
+        rng = np.random.default_rng([rank(), self.current_epoch, batch_idx])
+        return with_inputs(batch, images, cutmix_images(images, self.meal_cutmix, rng))
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         if self._meal_stock and self.training:
@@ -211,7 +208,7 @@ class MEALV2Mixin:
         terms = meal_loss(
             outputs, answers, self.meal_discriminator, self.meal_adversarial, self.meal_d_weight, self.meal_weights
         )
-        self._meal_run.see(inputs, answers, batch)
+        self._meal_run.see(inputs, answers, unpack(batch, self.meal_input_key).labels)
         self.log_dict(terms.logged(self.paper.slug), on_step=False, on_epoch=True, batch_size=len(outputs))
         self._meal_done = True
         return terms.total
@@ -253,12 +250,12 @@ class MEALV2Mixin:
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         fold_discriminator(checkpoint, self.paper.slug)
-        checkpoint["effdl"][self.paper.slug] |= {"mixed": self._meal_mixed, "before": dict(self._meal_run.before)}
+        checkpoint["effdl"][self.paper.slug]["before"] = dict(self._meal_run.before)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         kept = unfold_discriminator(checkpoint, self.paper.slug, self.state_dict())
-        self._meal_mixed, self._meal_run.before = kept.get("mixed", 0), dict(kept.get("before", {}))
+        self._meal_run.before = dict(kept.get("before", {}))
 
     def on_validation_end(self) -> None:
         super().on_validation_end()

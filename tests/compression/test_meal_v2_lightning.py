@@ -161,6 +161,23 @@ def test_must_09_targets_are_the_teachers_answers_to_the_mixed_batch(as_dict):
         assert (x.permute(0, 2, 3, 1).reshape(-1, 3) == pixel).all(1).any()
 
 
+def test_a_second_pass_over_a_batch_sees_the_same_mix():
+    from effdl.callbacks import SAMCallback
+
+    seen = []
+
+    class Watch(MEALV2ImageClassifier):
+        def meal_loss(self, outputs, batch):
+            seen.append(batch[0])
+            return super().meal_loss(outputs, batch)
+
+    module = Watch(teachers=teachers(), model=network(), num_classes=CLASSES, cutmix=1.0, optimizer=sgd)
+    fit(module, epochs=2, callbacks=[SAMCallback(rho=0.05)])
+    assert len(seen) == 16
+    assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2]))
+    assert len({float(x.sum()) for x in seen}) == 8
+
+
 def test_cutmix_needs_images():
     with pytest.raises(ConfigurationError, match="cutmix=1.0"):
         fit(Mine(teachers=teachers(), cutmix=1.0), DataLoader([(torch.zeros(2, 5), torch.zeros(2))], batch_size=None))
