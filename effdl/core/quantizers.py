@@ -216,7 +216,7 @@ def decode(
         index = rows.long() + half
         levels = codebook[index] if codebook.dim() == 1 else codebook.gather(1, index)
     elif exponent is not None:
-        levels = power_levels(bits, exponent)[rows.long() + half]
+        levels = power_levels(bits, exponent).to(scale.dtype)[rows.long() + half]
     else:
         levels = rows.to(scale.dtype)
     values = levels * scale[:, None]
