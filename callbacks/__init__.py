@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 _EXPORTS = {
     "DSnoTCallback": "effdl.callbacks.dsnot",
     "DifferentiableQuantizationCallback": "effdl.callbacks.differentiable_quantization",
+    "NUPESCallback": "effdl.callbacks.nupes",
     "PDPCallback": "effdl.callbacks.pdp",
     "PolyComCallback": "effdl.callbacks.polycom",
     "PowerNormCallback": "effdl.callbacks.powernorm",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from effdl.callbacks.differentiable_quantization import DifferentiableQuantizationCallback
     from effdl.callbacks.dsnot import DSnoTCallback
     from effdl.callbacks.gradual_pruning import PruningCallback
+    from effdl.callbacks.nupes import NUPESCallback
     from effdl.callbacks.pdp import PDPCallback
     from effdl.callbacks.polycom import PolyComCallback
     from effdl.callbacks.powernorm import PowerNormCallback
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DSnoTCallback",
     "DifferentiableQuantizationCallback",
+    "NUPESCallback",
     "PDPCallback",
     "PolyComCallback",
     "PowerNormCallback",

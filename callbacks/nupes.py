@@ -1,0 +1,269 @@
+"""nupes on a Trainer: when a trained network's weights become power codes, and what is told of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from effdl.callbacks._calibrated import CalibratedCallback
+from effdl.callbacks._quantized_report import Finished, plain_copy, quantization_report
+from effdl.callbacks._quantized_training import QuantizedTrainingCallback, install, thaw
+from effdl.compression._nupes_learning import Learning
+from effdl.compression._nupes_network import learn_network
+from effdl.compression.nupes import check_layout, power_codes, power_quantize, power_records, top_code
+from effdl.core.blockwise import call_model
+from effdl.core.contract import ContractExample
+from effdl.core.errors import ConfigurationError, check, check_integer, check_number
+from effdl.core.export import product
+from effdl.core.paper import Paper
+from effdl.core.quantized import quantize_, quantized_weights
+from effdl.core.quantizers import QuantizedWeight
+from effdl.core.report import ForwardProbe
+from effdl.core.select import Targets, Weight, check_targets, select_weights
+from effdl.core.steps import wrap
+from effdl.core.surgery import when_built
+
+
+class NUPESCallback(CalibratedCallback):
+    """Quantises a trained network's weights non-uniformly: codes of |W|^a, with the exponent a searched for (NUPES).
+
+    At the end of training, or without a fit under ``trainer.validate(model, loader)``, each selected weight becomes
+    ``bits``-bit codes, one scale per group and one exponent; no float weight remains. Without learning no data is
+    looked at; it takes a fraction of a second per million weights. ``learn_codes`` and ``learn_exponent`` fit each
+    layer's outputs on the calibration batches: seconds per layer, and what 2 bits need (there the exponent alone gains
+    nothing).
+
+    It attaches to any network with Linear, convolution, Embedding, recurrent or HF ``Conv1D`` layers; learned are the
+    codes of linear layers and convolutions. Biases, normalisations and activations stay as they are; BatchNorm runs
+    with its statistics.
+
+    The artifact is smaller, and *not faster by itself*: no kernel multiplies power codes. It is decoded by table
+    (``core.deploy``: ``"lut"`` on every call, ``"dense"`` once); layers of exponent 1 fit the int8 kernels, others
+    after ``compression.nupes.as_int8``. At 4 bits compare with NF4 (bitsandbytes) and GPTQ/AWQ, which have kernels;
+    what is promised here is a smaller L2 error of the weights than uniform codes have, not a higher accuracy.
+
+    Args:
+        bits: b of the weights, 2 to 8.
+        exponent: ``"layer"``: searched for each layer; ``"network"``: one for all (PowerQuant); or a number in
+            (0, 1.5], such as 0.5, whose products decode in integers (``compression.nupes.integer_dot``), or 1: uniform.
+        granularity: which weights share a scale: ``"row"`` (output channel, the first dimension), ``"tensor"``,
+            ``"group:K"`` (K consecutive inputs).
+        learn_codes: fit the codes to the layers' outputs, each over its whole range.
+        learn_exponent: fit the exponents too; alone, codes stay the rounded ones.
+        iterations: Adam steps per layer when something is learned.
+        first_last_bits: bits of the first and the last selected layer where they differ (8 is usual at 2 or 3 bits).
+        calibration_batches: batches of the training data to learn from; 256 to 1,024 examples are usual.
+        targets, exclude: layers by name glob or type; default all with a weight matrix.
+
+    Raises:
+        ConfigurationError: an argument out of range; nothing matched; NaN or infinite weights, by name. The network is
+            as it was then.
+
+    Logs nothing; :meth:`report` holds exponents, errors and the reopened artifact's accuracy.
+
+    Example::
+
+        from effdl.callbacks import NUPESCallback
+
+        nupes = NUPESCallback(bits=2, learn_codes=True)
+        Trainer(callbacks=[nupes]).fit(module, data)
+        print(nupes.report()["bits_per_weight"])
+    """
+
+    paper = Paper(
+        slug="nupes",
+        title="NUPES: Non-Uniform Post-Training Quantization via Power Exponent Search",
+        authors=("Yvinec, Edouard", "Dapogny, Arnaud", "Bailly, Kevin"),
+        year=2023,
+        arxiv="2308.05600",
+    )
+
+    def __init__(
+        self,
+        bits: int = 4,
+        exponent: float | Literal["layer", "network"] = "layer",
+        granularity: str = "row",
+        learn_codes: bool = False,
+        learn_exponent: bool = False,
+        iterations: int = 1000,
+        first_last_bits: int | None = None,
+        calibration_batches: int = 8,
+        targets: Targets = None,
+        exclude: Targets = None,
+    ) -> None:
+        top_code(bits)
+        if exponent not in ("layer", "network"):
+            number = isinstance(exponent, (int, float))
+            check(number, "exponent", exponent, "'layer', 'network' or a number in (0, 1.5]")
+            check_number("exponent", exponent, 0, 1.5, closed="(]")
+        check_layout(granularity)
+        check(isinstance(learn_codes, bool), "learn_codes", learn_codes, "True or False")
+        check(isinstance(learn_exponent, bool), "learn_exponent", learn_exponent, "True or False")
+        check_integer("iterations", iterations, 1)
+        if first_last_bits is not None:
+            check_integer("first_last_bits", first_last_bits, 2, 8)
+        self.check_calibration("end", calibration_batches)
+        check_targets("targets", targets)
+        check_targets("exclude", exclude)
+        self.bits, self.exponent, self.granularity = bits, exponent, granularity
+        self.learn_codes, self.learn_exponent, self.iterations = learn_codes, learn_exponent, iterations
+        self.first_last_bits, self.targets, self.exclude = first_last_bits, targets, exclude
+        self._begin()
+
+    # ---- attaching -------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self.weights: dict[str, Weight] = {}
+        self.layers: dict[str, dict[str, float]] = {}
+        self.seconds = 0.0
+        self.finished: Finished | None = None
+        self._ending = False
+        self._probe: ForwardProbe | None = None
+
+    def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            self.keep(
+                wrap(pl_module, "on_load_checkpoint", lambda call_next, saved: _load(pl_module, call_next, saved))
+            )
+        if stage == "fit" or (stage == "validate" and not self.done):
+            self._begin()
+            if stage == "fit":
+                thaw(pl_module)  # another fit goes on from what the codes decode to
+            self.keep(when_built(pl_module, lambda: self._select(trainer, pl_module)))
+        if stage == "fit":
+            # after all callbacks and the module's own hook: averages are put in, masks applied, checkpoints written
+            self.keep(wrap(trainer.strategy, "on_train_end", lambda *args: self._then_act(trainer, pl_module, *args)))
+
+    def _select(self, trainer: Any, pl_module: Any) -> None:
+        weights = {weight.name: weight for weight in select_weights(pl_module, self.targets, self.exclude)}
+        for other in trainer.callbacks:
+            if other is not self and isinstance(other, (NUPESCallback, QuantizedTrainingCallback)):
+                twice = sorted(weights.keys() & other.weights.keys())
+                check(not twice, "targets", self.targets, f"layers of its own: another callback quantises {twice}")
+        self.weights = weights
+
+    def _after_training(self, call_next: Callable, trainer: Any) -> None:
+        call_next()  # not yet: see _then_act
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        # lr_find ends its own training behind the callbacks' back: the network must stay as it is then
+        self._ending = True
+
+    def _then_act(self, trainer: Any, pl_module: Any, call_next: Callable, *args: Any) -> None:
+        call_next(*args)
+        if self._ending:
+            self._act(trainer, pl_module, train=True)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._listen(product(pl_module))
+
+    def _listen(self, network: nn.Module) -> None:
+        if self._probe is None:
+            self._probe = ForwardProbe(network)
+            self.keep(self._probe)
+
+    # ---- acting ----------------------------------------------------------------------------------------------
+
+    def _batches(self, trainer: Any, pl_module: Any, train: bool) -> list[Any]:
+        if not self.learn_codes and not self.learn_exponent:
+            return []
+        return super()._batches(trainer, pl_module, train)
+
+    def calibrate(self, trainer: Any, pl_module: Any, batches: list[Any]) -> None:
+        """Codes in the place of the weights."""
+        began = time.perf_counter()
+        weights = {name: weight.data for name, weight in self.weights.items()}
+        records = power_records(weights, self.bits, self.exponent, self.granularity, self.first_last_bits)
+        if batches:
+            batches = [trainer.precision_plugin.convert_input(batch) for batch in batches]
+            how = Learning(self.learn_codes, self.learn_exponent, self.iterations)
+            network = product(pl_module)
+
+            def forward(_network: nn.Module, batch: Any) -> Any:
+                with trainer.precision_plugin.forward_context():
+                    return call_model(network, batch)
+
+            records = learn_network(pl_module, records, batches, how, forward)
+        self.seconds = time.perf_counter() - began
+        for name, record in records.items():
+            self._tell(name, record)
+        self.finished = Finished.of(trainer, pl_module, self._probe, plain_copy(product(pl_module)), "float")
+        install(pl_module, {n: replace(r, scale=r.scale.to(weights[n].dtype)) for n, r in records.items()})
+
+    def _tell(self, name: str, record: QuantizedWeight) -> None:
+        weight = self.weights[name].data.float()
+        norm = weight.norm().clamp(min=1e-30)
+        uniform = power_quantize(weight, record.bits, 1.0, self.granularity).dequantize()
+        a = 1.0 if record.exponent is None else float(record.exponent)
+        row = {
+            "exponent": a,
+            "error": float((weight - record.dequantize()).norm() / norm),
+            "uniform_error": float((weight - uniform).norm() / norm),
+        }
+        if self.learn_codes:
+            rounded = power_codes(weight, record.bits, a, self.granularity)
+            row["moved"] = float((rounded != record.codes).float().mean())
+        self.layers[name] = row
+
+    # ---- report ----------------------------------------------------------------------------------------------
+
+    def matched(self, module: Any) -> list[str]:
+        """Names of the weights that will be quantised."""
+        return list(self.weights)
+
+    def report(self) -> dict[str, Any]:
+        """Per layer the exponent, the relative L2 error and the uniform quantiser's; bits per weight, file bytes,
+        seconds; the accuracy and the latency of the artifact as it is reopened from its file.
+
+        Raises:
+            ConfigurationError: nothing was quantised yet.
+        """
+        if self.finished is None:
+            raise ConfigurationError("report() needs a finished fit: nothing was quantised yet.")
+        told = quantization_report(self.finished)
+        # of a LightningModule's names the network's part
+        for name, row in self.layers.items():
+            key = next((k for k in told["layers"] if name == k or name.endswith(f".{k}")), name)
+            told["layers"].setdefault(key, {}).update(row)
+        millions = told["quantised_weights"] / 1e6
+        return {**told, "seconds": self.seconds, "seconds_per_million": self.seconds / max(millions, 1e-9)}
+
+    @classmethod
+    def contract_example(cls) -> ContractExample:
+        """For the contract suite."""
+        return ContractExample(
+            kwargs={"bits": 6, "learn_codes": False},
+            finished=_finished,
+            bad={
+                "bits": [1, 9, 2.5, True],
+                "exponent": [0, -0.5, 1.6, float("nan"), "channel"],
+                "granularity": ["column", "group:0", "bucket:8", 3],
+                "learn_codes": "yes",
+                "learn_exponent": 1,
+                "iterations": [0, 1.5],
+                "first_last_bits": [1, 9],
+                "calibration_batches": [0, 2.5],
+                "targets": ["no.such.layer", 3],
+                "exclude": "no.such.layer",
+            },
+            second={"bits": 3},
+        )
+
+
+def _load(pl_module: Any, call_next: Callable, checkpoint: dict[str, Any]) -> None:
+    """A checkpoint is of the float network."""
+    thaw(pl_module)
+    call_next(checkpoint)
+
+
+def _finished(pl_module: Any) -> nn.Module:
+    """The network with its codes; made once more where the module is as a checkpoint has it."""
+    network = product(pl_module)
+    if not quantized_weights(network):
+        network = plain_copy(network)
+        quantize_(network, power_records({w.name: w.data for w in select_weights(network)}, bits=6))
+    return network
