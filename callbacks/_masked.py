@@ -31,6 +31,8 @@ class MaskedCallback(MethodCallback):
     retain: bool = False
     store: MaskStore | None = None
     _saved: dict[str, Any] | None = None
+    #: The network before channels were taken out of it, where that was done.
+    _full: Any = None
 
     def _begin(self) -> None:
         """The state of a new run; the constructor ends with it."""
@@ -157,5 +159,5 @@ class MaskedCallback(MethodCallback):
         if self.store is None:
             raise ConfigurationError("report() needs a fit: nothing was pruned yet.")
         curves = [f"{self.slug}/sparsity", *sorted(self.dense.get("metrics", {}))]
-        told = _mask_report.pruning_report(self.store)
-        return {"steps": self.step, "curves": curves, **told, **_mask_report.columns(self.dense, self._probe)}
+        columns = _mask_report.columns(self.dense, self._probe, self._full)
+        return {"steps": self.step, "curves": curves, **_mask_report.pruning_report(self.store), **columns}

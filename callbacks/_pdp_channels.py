@@ -17,7 +17,7 @@ from effdl.core.masks import MaskStore, unpack
 from effdl.core.report import ForwardProbe
 from effdl.core.reweight import plain_copy
 from effdl.core.select import Weight
-from effdl.core.structure import ChannelGroup, Counts, channel_groups, channel_parameters, compact
+from effdl.core.structure import ChannelGroup, Counts, channel_groups, channel_parameters, compact, swap_children
 
 _MIXING = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 _MAKERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -91,7 +91,7 @@ class Compaction:
         self.silenced.apply_()
 
     def take_out(self, probe: ForwardProbe, store: MaskStore) -> None:
-        """Make the network smaller in place: its layers keep their identity and get smaller tensors and counts.
+        """Make the network smaller: it stays the object, with smaller layers.
 
         Where dead channels are heard through an activation that is not zero at zero, or are coupled in a way the
         dependency graph does not see, the network stays as it is, with a warning.
@@ -107,11 +107,7 @@ class Compaction:
             rank_zero_warn(f"compact: the network keeps its dead channels. {error}")
             return
         self.full, self.counts = copy.deepcopy(probe.model), counts
-        for (name, old), new in zip(probe.model.named_modules(), small.modules()):
-            for attribute, number in counts.get(name, {}).items():
-                setattr(old, attribute, number)
-            for mine, others in ((old._parameters, new._parameters), (old._buffers, new._buffers)):
-                mine.update({key: others[key] for key in mine})
+        swap_children(probe.model, small)
 
     def state(self) -> dict[str, Any]:
         return self.silenced.state()

@@ -8,25 +8,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from effdl.callbacks import _mask_report, _pdp_example, _pdp_targets
-from effdl.callbacks._base import MethodCallback
+from effdl.callbacks import _mask_report, _pdp_targets
+from effdl.callbacks._masked import MaskedCallback
 from effdl.callbacks._pdp_channels import Compaction
 from effdl.compression.pdp import PrunedWeight, Ramp
-from effdl.core.checkpoint import fold_checkpoints
 from effdl.core.contract import ContractExample
-from effdl.core.errors import ConfigurationError, check
+from effdl.core.errors import check
 from effdl.core.export import product
 from effdl.core.masks import MaskStore
 from effdl.core.paper import Paper
-from effdl.core.report import ForwardProbe, measure
 from effdl.core.reweight import reweight_everywhere
 from effdl.core.schedules import Point
 from effdl.core.select import Targets
-from effdl.core.steps import after_optimizer_step, wrap
-from effdl.core.surgery import when_built
+from effdl.core.steps import wrap
 
 
-class PDPCallback(MethodCallback):
+class PDPCallback(MaskedCallback):
     """Prunes with soft masks computed from the weights themselves (PDP, Cho et al. 2023): no parameter, no extra loss.
 
     The network sees ``sigmoid((w^2 - t^2) / tau) w``, with t recomputed in every forward pass; a pruned weight may
@@ -83,6 +80,7 @@ class PDPCallback(MethodCallback):
         arxiv="2305.11203",
         venue="Advances in Neural Information Processing Systems",
     )
+    retain = True
 
     def __init__(
         self,
@@ -104,40 +102,27 @@ class PDPCallback(MethodCallback):
         self.eval_hard, self.compact, self.targets, self.exclude = eval_hard, compact, targets, exclude
         _pdp_targets.check_arguments(self)
         self.final = _pdp_targets.final_sparsity(sparsity, granularity)
-        self.store: MaskStore | None = None
-        self._saved: dict[str, Any] | None = None
         self._begin()
 
     # ---- attaching -------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self.step, self._share, self.compaction = 0, 0.0, Compaction(self.compact)
+        super()._begin()
         self.ramp: Ramp | None = None
         self.freeze_step: int | None = None
-        self._told: dict[str, Any] = {}
         self.layers: dict[str, PrunedWeight] = {}
-        self.budgeted = self.frozen = self._hard = False
-        self.dense: dict[str, Any] = {}
-        self._unlogged: dict[str, float] = {}
-        self._probe: ForwardProbe | None = None
+        self.budgeted = self.frozen = False
+        self._share, self._full, self.compaction = 0.0, None, Compaction(self.compact)
 
     def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().attach(trainer, pl_module, stage)
         if stage == "fit":
-            # fit called again goes on with its budget
-            self._saved = self.state_dict() if trainer.global_step else None
-            self._begin()
-            self.keep(when_built(pl_module, lambda: self._select(pl_module)))
-            self.keep(fold_checkpoints(pl_module, self.state_key, self._fold, lambda state, kept: state.update(kept)))
-            self.keep(self.same_arguments_on_resume(trainer, pl_module))
-            # the module's hooks run after all callbacks', so after WeightAveraging put its average in
-            self.keep(wrap(pl_module, "on_validation_epoch_start", self._then_harden))
-            self.keep(wrap(pl_module, "on_train_end", self._then_finish))
             check(not self.compact or product(pl_module) is not pl_module, "compact", True, "a network in module.model")
+            self.keep(wrap(pl_module, "on_validation_epoch_start", self._then_harden))
 
     def _select(self, pl_module: Any) -> None:
         weights = _pdp_targets.chosen(pl_module, self.targets, self.exclude, self.granularity)
-        self.store = MaskStore(weights)
-        self._swaps = []
+        self.store, self._network, self._swaps = MaskStore(weights), product(pl_module), []
         for weight in weights:
             self._swaps += reweight_everywhere(pl_module, weight.parameter, self._see_through(weight.name))
         self.keep(self._swaps)
@@ -146,30 +131,21 @@ class PDPCallback(MethodCallback):
         def seen(raw: Tensor) -> Tensor:  # a closure: a deep copy of the module must not copy the callback
             if name not in self.layers:
                 return raw
-            return self.store.masked(name, raw) if self._hard else self.layers[name].seen(raw)
+            return self.store.masked(name, raw) if self.store.masks else self.layers[name].seen(raw)
 
         return seen
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._saved is not None:
-            self._restore(self._saved, product(pl_module))
-        self.keep(after_optimizer_step(trainer, lambda opt: self._count(trainer, opt), type(self).__name__))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.ramp is None:
             self.ramp, self.freeze_step = _pdp_targets.points(self, trainer)
 
+    def _is_dense(self) -> bool:
+        return self.ramp is not None and not self.budgeted
+
     # ---- one step --------------------------------------------------------------------------------------------
 
-    def _count(self, trainer: Any, optimizer: Any) -> None:
-        self.step += optimizer is trainer.optimizers[0]
-        self.compaction.project()
-
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        model = product(pl_module)
-        if self._probe is None and model is not pl_module:
-            self._probe = ForwardProbe(model)
-            self.keep(self._probe)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.frozen:
             if self.step > self.freeze_step:  # one step later, when a resumed run has seen a forward too
                 self.compaction.silence(self._probe, self.store)
@@ -177,9 +153,7 @@ class PDPCallback(MethodCallback):
         if self.step < self.ramp.start:
             return
         if not self.budgeted:
-            # once, where every weight still lives: what the finished model is compared with
-            if trainer.is_global_zero and "parameters" not in self.dense:
-                self.dense |= measure(model)
+            self._measure_dense(trainer, pl_module)
             _mask_report.warn_of_frozen(self.store)
             self.budgeted, form = True, (self.granularity, self.scope, self.final, self.temperature)
             self.layers = _pdp_targets.budget(list(self.store.weights.values()), *form)
@@ -199,18 +173,15 @@ class PDPCallback(MethodCallback):
 
     @torch.no_grad()
     def _harden(self) -> None:
-        """Binarise the masks of the weights as they are now."""
+        """Binarise the masks of the weights as they are now; as long as the store has masks, the network sees them."""
         if not self.frozen:
             for name, layer in self.layers.items():
                 self.store.set(name, layer.hard(self.store.weights[name].data))
-        self._hard = bool(self.layers)
 
-    # ---- logging, validation and the end -----------------------------------------------------------------------
+    def _project(self) -> None:
+        self.compaction.project()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if self._unlogged:
-            pl_module.log_dict(self._unlogged)
-            self._unlogged = {}
+    # ---- validation and the end --------------------------------------------------------------------------------
 
     def _then_harden(self, call_next: Callable, *args: Any) -> None:
         call_next(*args)
@@ -218,83 +189,88 @@ class PDPCallback(MethodCallback):
             self._harden()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._hard = self.frozen
-        if self.ramp is not None and not trainer.sanity_checking and not self.budgeted:
-            seen = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith(self.slug)}
-            self.dense["metrics"] = {k: v for k, v in seen.items() if "val" in k} or seen
+        if self.store is not None and not self.frozen:
+            self.store.masks.clear()
+        super().on_validation_end(trainer, pl_module)
 
     def _then_finish(self, call_next: Callable, *args: Any) -> None:
-        call_next(*args)
-        self._harden()
-        for handle in self._swaps:
-            handle.remove()
-        self.store.apply_()
-        self._told = _mask_report.pruning_report(self.store)
+        def binarise(*args: Any) -> None:
+            call_next(*args)
+            self._harden()
+            for handle in self._swaps:
+                handle.remove()
+
+        super()._then_finish(binarise, *args)
         if self.ramp is not None and self._share < 1:
-            _mask_report.warn_of_early_end(self.step, self.ramp.stop, self._told["sparsity"], self.final)
+            reached = float(self.store.sparsity())
+            _mask_report.warn_of_early_end(self.step, self.ramp.stop, reached, self.final)
         if self._probe is not None:
             self.compaction.take_out(self._probe, self.store)
+            self._full = self.compaction.full
 
     # ---- state and report --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
         return {
-            "step": self.step,
+            **state,
+            "masks": state["masks"] if self.frozen else {},
+            "silenced": self.compaction.state(),
             "share": self._share,
             "ramp": dict(vars(self.ramp)) if self.ramp else None,
             "freeze": self.freeze_step,
             "layers": {n: {"sparsity": w.sparsity, "temperature": w.temperature} for n, w in self.layers.items()},
             "budgeted": self.budgeted,
-            "masks": self.store.state() if self.frozen else {},
-            "silenced": self.compaction.state(),
-            "dense": dict(self.dense),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict
-
-    def _restore(self, saved: dict[str, Any], model: Any) -> None:
-        self.step, self.freeze_step, self.dense = saved["step"], saved["freeze"], dict(saved["dense"])
-        self.ramp = Ramp(**saved["ramp"]) if saved["ramp"] else None
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
+        self.ramp, self.freeze_step = Ramp(**saved["ramp"]) if saved["ramp"] else None, saved["freeze"]
         weights = {name: self.store.weights[name] for name in saved["layers"]}
         self.layers = _pdp_targets.layers_of(weights, self.granularity, saved["layers"])
-        self.store.load_state(saved["masks"])
         self._rise(saved["share"])
-        self.budgeted, self.frozen, self._hard = saved["budgeted"], bool(saved["masks"]), bool(saved["masks"])
-        self.compaction.load_state(model, saved["silenced"])
+        self.budgeted, self.frozen = saved["budgeted"], bool(saved["masks"])
+        self.compaction.load_state(self._network, saved["silenced"])
 
     def _fold(self, state: dict[str, Any]) -> dict[str, Any]:
-        if not self.layers:
-            return {}
-        masks = dict(self.store.masks)
-        if not self.frozen:  # an averaged state has masks of its own
-            for name, layer in self.layers.items():
-                if name in state:
-                    self.store.set(name, layer.hard(state[name]))
-        raw = self.store.apply_to_state(state)
-        self.store.masks = masks
-        return {key: value.clone() for key, value in raw.items()}
-
-    def matched(self, module: Any) -> list[str]:
-        """Names of the weights that will be pruned."""
-        return list(self.store.weights) if self.store else []
+        masks = dict(self.store.masks) if self.store else {}
+        for name, layer in self.layers.items():
+            if not self.frozen and name in state:  # an averaged state has masks of its own
+                self.store.set(name, layer.hard(state[name]))
+        raw = super()._fold(state)
+        if self.store:
+            self.store.masks = masks
+        return raw
 
     def report(self) -> dict[str, Any]:
-        """Counted sparsity per weight and in all, dense numbers at ``start``, latency.
+        """Counted sparsity, target and temperature per weight, dense and pruned model, latency.
+
         Raises:
             ConfigurationError: before any fit.
         """
-        if self.store is None:
-            raise ConfigurationError("report() needs a fit: nothing was pruned yet.")
-        told = dict(self._told or _mask_report.pruning_report(self.store))
+        told = super().report()
+        told["curves"].insert(1, f"{self.slug}/undecided")
         for name, layer in self.layers.items():
             told["layers"][name] |= {"target": layer.sparsity, "temperature": layer.temperature}
-        told |= {"channels": self.compaction.counts} if self.compaction.counts else {}
-        told |= _mask_report.columns(self.dense, self._probe, self.compaction.full)
-        curves = [f"{self.slug}/sparsity", f"{self.slug}/undecided", *sorted(self.dense.get("metrics", {}))]
-        return {"steps": self.step, "curves": curves, **told}
+        return told | ({"channels": self.compaction.counts} if self.compaction.counts else {})
 
     @classmethod
     def contract_example(cls) -> ContractExample:
         """For the contract suite."""
-        return _pdp_example.example()
+        return ContractExample(
+            kwargs={"sparsity": 0.5, "temperature": "auto", "start": 2, "stop": 12, "every": 2},
+            bad={
+                "sparsity": [1.0, -0.1, float("nan"), None],
+                "temperature": [0, -1e-4, float("nan"), float("inf"), "warm"],
+                "start": [-1, 1.5, "3 parsecs"],
+                "stop": [-1, 1.5, 1],
+                "every": [0, -3],
+                "freeze": [-1, 1.5, 1],
+                "granularity": ["2:2", "4x1", "blocks"],
+                "scope": "everywhere",
+                "eval_hard": "yes",
+                "compact": ["yes", True],
+                "targets": ["no.such.layer", 3],
+                "exclude": "no.such.layer",
+            },
+        )
