@@ -36,8 +36,8 @@ class Learning:
     Args:
         codes, exponent: which of the two; the exponent alone keeps every code the rounded one of its weight.
         iterations: Adam steps per layer.
-        code_rate: of the codes, in units of a code.
-        exponent_rate: of the exponent.
+        code_rate: of the codes, in units of a code; it falls linearly to 0, which calms codes that flip.
+        exponent_rate: of the exponent, likewise.
         batch_size: examples (of a convolution) or rows (of a linear layer) per step.
         seed: of the batches' order.
     """
@@ -130,6 +130,7 @@ def learn_layer(
 
     learned = [(v, how.code_rate)] * how.codes + [(a, how.exponent_rate)] * how.exponent
     optimizer = torch.optim.Adam([{"params": [parameter], "lr": rate} for parameter, rate in learned])
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / how.iterations)
     order, every = _order(len(inputs), how), max(1, len(inputs) // how.batch_size)
     best, least = (v.detach().clone(), start), _error(run, relaxed, inputs, targets)
     for step in range(how.iterations):
@@ -139,6 +140,7 @@ def learn_layer(
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
+        decay.step()
         with torch.no_grad():
             v.clamp_(-top_code(bits), top_code(bits)).mul_(alive)
             a.clamp_(LOWEST, HIGHEST)
