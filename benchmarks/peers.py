@@ -1,13 +1,14 @@
 """The same job done by somebody else's code: ``python -m benchmarks peers``.
 
 - pytorch-grad-cam's GradCAM++ and SmoothGradCAMpp(n_samples=1, sigma=0): time and agreement of the maps;
-- Lightning's ModelPruning and PruningCallback: time of a step, and what a resumed run ends with.
+- Lightning's ModelPruning and PruningCallback: time of a step, and what a resumed run ends with;
+- zennit and core.lrp: time of a relevance pass, and agreement of the relevance;
+- torch-pruning alone and core.structure: time of taking dead filters out, and what the network computes afterwards.
 """
 
 from __future__ import annotations
 
 import contextlib
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 
 from benchmarks.overhead import classifier, lightning_pruning
-from benchmarks.race import clocked, images, race, ratios
+from benchmarks.race import images, in_turns, race, ratios
+from benchmarks.relevance import agreement, relevance, slicing
 
 EPOCHS = 6
 
@@ -42,24 +44,8 @@ def gradcam(pairs: int, batch: int) -> list[dict[str, Any]]:
     ours = SmoothGradCAMpp(model, "layer3", n_samples=1, sigma=0.0)
     wanted = [ClassifierOutputTarget(c) for c in classes]
     runs = {"theirs": lambda: torch.from_numpy(theirs(x, wanted)), "ours": lambda: ours(x, classes)["layer3"]}
-    maps, times = {name: run() for name, run in runs.items()}, {name: [] for name in runs}
-    for index in range(pairs):
-        for name in list(runs)[:: 1 if index % 2 else -1]:
-            times[name].append(clocked(runs[name]))
-    return [{"name": "GradCAM++, ours / pytorch-grad-cam", **ratios(times, "ours", "theirs"), **_agreement(**maps)}]
-
-
-def _agreement(theirs: Tensor, ours: Tensor) -> dict[str, float]:
-    """Each enlarges the map by an interpolation of its own, so the correlation is what can be compared."""
-    pairs = zip(theirs.flatten(1).double(), ours.flatten(1).double())
-    correlation = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs]
-    difference = (theirs - ours).abs()
-    return {
-        "correlation": statistics.mean(correlation),
-        "lowest_correlation": min(correlation),
-        "mean_difference": difference.mean().item(),
-        "largest_difference": difference.max().item(),
-    }
+    maps, times = {name: run() for name, run in runs.items()}, in_turns(runs, pairs)
+    return [{"name": "GradCAM++, ours / pytorch-grad-cam", **ratios(times, "ours", "theirs"), **agreement(**maps)}]
 
 
 def pruning_step(pairs: int, batch: int) -> list[dict[str, Any]]:
@@ -159,7 +145,8 @@ def resume() -> list[dict[str, Any]]:
 
 def measure(pairs: int, batch: int) -> list[dict[str, Any]]:
     """All rows."""
-    return [*gradcam(pairs, batch), *pruning_step(pairs, batch), *resume()]
+    rows = [*gradcam(pairs, batch), *pruning_step(pairs, batch), *resume()]
+    return [*rows, *relevance(pairs, batch), *slicing(pairs)]
 
 
 def table(results: list[dict[str, Any]]) -> list[list[str]]:
@@ -174,6 +161,11 @@ def table(results: list[dict[str, Any]]) -> list[list[str]]:
 def _said(r: dict[str, Any]) -> str:
     if "correlation" in r:
         return f"correlation {r['correlation']:.4f} (lowest {r['lowest_correlation']:.4f})"
+    if "ours_difference" in r:
+        return (
+            f"parameters {r['ours_parameters']:,} / {r['theirs_parameters']:,}; outputs differ by "
+            f"{r['ours_difference']:.1e} / {r['theirs_difference']:.1e}"
+        )
     if "raises" in r:
         return f"raises {r['raises'][:90]}"
     if "resumed_sparsity" in r:

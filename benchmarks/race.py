@@ -103,6 +103,26 @@ def race(makers: dict[str, Make], batch: Any, rounds: int) -> dict[str, list[Sec
     return {name: values[WARM_UP:] for name, values in times.items()}
 
 
+def in_turns(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[Seconds]]:
+    """Seconds of each of some functions, called in turns."""
+    times: dict[str, list[Seconds]] = {name: [] for name in runs}
+    for index in range(pairs):
+        for name in list(runs)[:: 1 if index % 2 else -1]:
+            times[name].append(clocked(runs[name]))
+    return times
+
+
+def periods(times: dict[str, list[Seconds]], length: int) -> dict[str, list[Seconds]]:
+    """Means over ``length`` steps on end, for what happens in one of so many."""
+
+    def mean(block: list[Seconds]) -> Seconds:
+        wall, processor = (sum(values) / length for values in zip(*block))
+        return wall, processor
+
+    blocks = {name: [v[i : i + length] for i in range(0, len(v), length)] for name, v in times.items()}
+    return {name: [mean(block) for block in parts] for name, parts in blocks.items()}
+
+
 def ratios(times: dict[str, list[Seconds]], method: str, bare: str) -> dict[str, Any]:
     """Median and minimum over the pairs of (method's step / bare step), by wall time; ``cpu``: the median of the
     ratios of processor time; and the median steps in ms."""

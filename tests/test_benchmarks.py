@@ -103,3 +103,16 @@ def test_gradcam_agrees_with_the_peer():
     pytest.importorskip("pytorch_grad_cam")
     (row,) = peers.gradcam(pairs=1, batch=2)
     assert row["lowest_correlation"] > 0.999
+
+
+def test_relevance_and_slicing_against_their_peers():
+    pytest.importorskip("zennit")
+    pytest.importorskip("torch_pruning")
+    (row,) = peers.relevance(pairs=1, batch=2)
+    assert row["lowest_correlation"] > 0.99999
+    assert row["largest_difference"] < 1e-5
+    coupled, single = peers.slicing(pairs=1)
+    assert coupled["ours_parameters"] == coupled["theirs_parameters"]
+    assert max(coupled["ours_difference"], coupled["theirs_difference"], single["ours_difference"]) < 1e-5
+    assert single["theirs_difference"] > 0.01  # live partners of dead filters went too
+    assert "outputs differ" in aligned(peers.table([row, coupled, single]))
