@@ -204,7 +204,9 @@ class PowerErrors:
     def __init__(self, weight: Tensor, bits: int, layout: str = "row") -> None:
         self.n = top_code(bits)
         wide = _wide(weight.detach())
-        scale = ungrouped(largest(weight, layout)[:, None].expand_as(grouped(wide, layout)), weight.shape, layout)
+        if wide.device.type == "mps":  # no float64 there
+            wide = wide.cpu()
+        scale = ungrouped(largest(wide, layout)[:, None].expand_as(grouped(wide, layout)), wide.shape, layout)
         self.ratio, order = (wide.abs() / scale).flatten().sort()
         m, w = scale.flatten()[order].double(), wide.abs().flatten()[order].double()
         start = m.new_zeros(1)

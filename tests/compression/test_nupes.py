@@ -1,4 +1,4 @@
-"""nupes: its checks 1-6, 8 and 9, and what users of the callback rely on. Check 7 is in tests/claims."""
+"""nupes: its checks 1-6 and 9 on the functions. Check 7 is in tests/claims, 8 in test_nupes_callback."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.func import jacrev
-from torch.utils.data import DataLoader
 
-from effdl.callbacks import NUPESCallback, PruningCallback
 from effdl.compression._nupes_learning import Learning, decode_relaxed, learn_layer, straight_through
 from effdl.compression.nupes import (
     PowerErrors,
@@ -27,10 +24,9 @@ from effdl.compression.nupes import (
 )
 from effdl.core.deploy import UnsupportedBackendError, deploy
 from effdl.core.errors import ConfigurationError
-from effdl.core.quantized import quantize_, quantized_weights
+from effdl.core.quantized import quantize_
 from effdl.core.quantizers import power_levels, symmetric
-from effdl.core.select import select_weights
-from tests.support import check_quantized_artifact, golden
+from tests.support import golden
 
 GOLDEN = golden("nupes")
 W = torch.tensor(GOLDEN["weight"], dtype=torch.float64)
@@ -225,69 +221,6 @@ def test_must_06_learning_searches_the_whole_code_space():
     assert mse(learned) < 0.3 * want["best_up_or_down_mse"]
 
 
-class Net(LightningModule):
-    def __init__(self, network=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = network or nn.Sequential(
-            nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.ReLU(),
-            nn.Flatten(), nn.Linear(96, 24), nn.ReLU(), nn.Linear(24, 3),
-        )  # fmt: skip
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.cross_entropy(self.model(x), y)
-
-    def validation_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("val/accuracy", (self.model(x).argmax(-1) == y).float().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 5e-3)
-
-
-def data(batches=6, size=16):
-    y = torch.randint(0, 3, (batches, size), generator=torch.Generator().manual_seed(1))
-    x = gaussian(batches, size, 1, 6, 6) + y.view(batches, size, 1, 1, 1)
-    return DataLoader(list(zip(x, y)), batch_size=None)
-
-
-def trainer(*callbacks, **kwargs):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    options = {"max_epochs": 2, "accelerator": "cpu", "enable_checkpointing": False, **quiet, **kwargs}
-    return Trainer(callbacks=list(callbacks), **options)
-
-
-def test_must_08_and_09_learned_artifact(tmp_path):
-    callback, module = (
-        NUPESCallback(2, granularity="tensor", learn_codes=True, learn_exponent=True, iterations=60),
-        Net(),
-    )
-    floats = {}
-
-    class Keep(PruningCallback):  # sees the weights before they become codes
-        def on_train_end(self, trainer, pl_module):
-            super().on_train_end(trainer, pl_module)
-            floats.update({n: p.detach().clone() for n, p in pl_module.model.named_parameters() if p.dim() > 1})
-
-    trainer(callback, Keep(0.3, start=0, stop=2, every=1)).fit(module, data(), data(2))
-    records = quantized_weights(module.model)
-    assert set(records) == set(floats)
-    check_quantized_artifact(module.model, lambda: Net().model, (next(iter(data()))[0],), tmp_path)
-    moved = {}
-    for name, record in records.items():
-        w, a = floats[name], float(record.exponent) if record.exponent is not None else 1.0
-        ratio = w.abs() / largest(w, "tensor")
-        moved[name] = float(((record.codes - w.sign() * ratio**a).abs() > 1).float().mean())
-        assert (record.codes[w == 0] == 0).all()  # what was pruned stays zero
-        assert record.codes.unique().numel() <= 3
-    assert max(moved.values()) > 0.005  # further than any rounding up or down
-    told = callback.report()
-    assert told["quantised_bytes"] <= (2 / 32 + 0.03) * told["full_precision_bytes"]
-    assert told["before"]["metrics"]["val/accuracy"] - 0.2 <= told["after"]["metrics"]["val/accuracy"]
-    assert told["layers"]["0.weight"].keys() >= {"exponent", "error", "uniform_error", "moved", "bits_per_weight"}
-
-
 @pytest.mark.parametrize("layout", ["row", "tensor", "group:16"])
 def test_must_09_size_and_distinct_values(layout):
     for bits in (2, 3, 4, 8):
@@ -295,31 +228,6 @@ def test_must_09_size_and_distinct_values(layout):
         assert record.payload_bytes <= (bits / 32 + 0.03) * 4 * record.codes.numel() + 4 * record.scale.numel()
         rows = record.dequantize().view(len(record.scale), -1)
         assert max(row.unique().numel() for row in rows) <= 2 * top_code(bits) + 1
-
-
-def test_validate_alone_without_data_looks_at_none_and_again_does_nothing():
-    callback, module = NUPESCallback(4, first_last_bits=8, exclude="3"), Net()
-    before = module.model[3].weight.clone()
-    run = trainer(callback)
-    run.validate(module, data(2), verbose=False)
-    records = quantized_weights(module.model)
-    assert {n: r.bits for n, r in records.items()} == {"0.weight": 8, "6.weight": 4, "8.weight": 8}
-    assert torch.equal(module.model[3].weight, before)
-    run.validate(module, data(2), verbose=False)
-    assert quantized_weights(module.model).keys() == records.keys()
-    assert callback.report()["layers"]["6.weight"]["error"] <= callback.report()["layers"]["6.weight"]["uniform_error"]
-
-
-def test_learned_exponent_alone_is_no_worse_on_the_layer():
-    x, w = gaussian(300, 20), gaussian(8, 20, seed=3)
-    run = nn.functional.linear
-    record = power_quantize(w, 3, 1.2)
-    error = lambda r: float((run(x, r.dequantize()) - run(x, w)).square().mean())  # noqa: E731
-    learned = learn_layer(
-        w, record, lambda w, x: run(x, w), x, run(x, w), Learning(codes=False, exponent=True, iterations=300)
-    )
-    assert error(learned) < error(record)
-    assert torch.equal(learned.codes, power_codes(w, 3, float(learned.exponent)))
 
 
 def test_int8_takes_uniform_records_or_codebooks_put_on_a_grid():
@@ -337,26 +245,6 @@ def test_int8_takes_uniform_records_or_codebooks_put_on_a_grid():
     assert torch.allclose(deploy(plain, "torch-int8")(x), model(x), atol=0.1)
 
 
-def test_half_precision_rows_of_zeros_and_tied_weights():
-    weight = gaussian(4, 9).bfloat16()
-    weight[2] = 0
-    record = power_quantize(weight, 3, 0.6)
-    assert record.scale[2] == 1
-    assert not record.codes[2].any()
-    model = nn.ModuleDict({"embed": nn.Embedding(12, 8), "head": nn.Linear(8, 12, bias=False)}).bfloat16()
-    model.head.weight = model.embed.weight
-
-    class Tied(Net):
-        def validation_step(self, batch, batch_idx):
-            hidden = self.model.embed(batch[1])
-            assert self.model.head(hidden).dtype == torch.bfloat16
-
-    module = Tied(model)
-    trainer(NUPESCallback(4), precision="bf16-true").validate(module, data(1), verbose=False)
-    assert set(quantized_weights(model)) == {"embed.weight"}
-    assert torch.equal(model.head.weight, model.embed.weight)
-
-
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -371,13 +259,3 @@ def test_half_precision_rows_of_zeros_and_tied_weights():
 def test_bad_arguments_of_the_functions(make, match):
     with pytest.raises(ConfigurationError, match=match):
         make()
-
-
-def test_nan_weights_are_named_and_nothing_has_changed():
-    module = Net()
-    module.model[6].weight.data[0, 0] = float("inf")
-    before = {name: p.clone() for name, p in module.named_parameters()}
-    with pytest.raises(ConfigurationError, match=r"6\.weight"):
-        trainer(NUPESCallback(4)).validate(module, data(1), verbose=False)
-    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
-    assert len(select_weights(module)) == 4
