@@ -97,7 +97,7 @@ class MEALV2Mixin:
             own ``configure_optimizers`` use :meth:`meal_param_groups` there.
         discriminator_k: k of D's widths C, C/k, C/k^2, 2.
         cutmix: alpha of Beta(alpha, alpha) for mixing boxes of the training images (the paper's variant: 1.0), 0: off.
-            The teachers see the mixed images; labels are not mixed.
+            The teachers see the mixed images; labels are not mixed, so ``train/accuracy`` says little then.
         teacher_transform: what a teacher sees of the images, a callable (``Renormalize``) for all or a list with one
             (or ``None``) per teacher. ``None``: where the data module has ``mean`` and ``std``, images are normalised
             anew for teachers that were named and whose weights came with other statistics.
