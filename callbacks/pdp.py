@@ -13,7 +13,7 @@ from effdl.callbacks._masked import MaskedCallback
 from effdl.callbacks._pdp_channels import Compaction
 from effdl.compression.pdp import PrunedWeight, Ramp
 from effdl.core.contract import ContractExample
-from effdl.core.errors import check
+from effdl.core.errors import ConfigurationError
 from effdl.core.export import product
 from effdl.core.masks import MaskStore
 from effdl.core.paper import Paper
@@ -60,7 +60,7 @@ class PDPCallback(MaskedCallback):
             a fraction of a run of unknown length; ``ckpt_path`` of a run that pruned with other arguments.
         RuntimeError: NaN or infinity in a weight when the budget is set.
 
-    Logs at each rise ``pdp/target``, ``pdp/sparsity`` (what binarising would prune) and ``pdp/undecided`` (the share
+    Logs at each ``every``: ``pdp/target``, ``pdp/sparsity`` (what binarising prunes) and ``pdp/undecided`` (the share
     of 0.01 < m < 0.99).
 
     Example::
@@ -112,16 +112,17 @@ class PDPCallback(MaskedCallback):
         self.freeze_step: int | None = None
         self.layers: dict[str, PrunedWeight] = {}
         self.budgeted = self.frozen = False
-        self._share, self._full, self.compaction = 0.0, None, Compaction(self.compact)
+        self._share, self._interval, self._full, self.compaction = 0.0, -1, None, Compaction(self.compact)
 
     def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
         super().attach(trainer, pl_module, stage)
         if stage == "fit":
-            check(not self.compact or product(pl_module) is not pl_module, "compact", True, "a network in module.model")
             self.keep(wrap(pl_module, "on_validation_epoch_start", self._then_harden))
 
     def _select(self, pl_module: Any) -> None:
         weights = _pdp_targets.chosen(pl_module, self.targets, self.exclude, self.granularity)
+        if self.compact and product(pl_module) is pl_module:
+            raise ConfigurationError("compact=True needs the network in module.model, whose channels it takes out.")
         self.store, self._network, self._swaps = MaskStore(weights), product(pl_module), []
         for weight in weights:
             self._swaps += reweight_everywhere(pl_module, weight.parameter, self._see_through(weight.name))
@@ -157,10 +158,10 @@ class PDPCallback(MaskedCallback):
             _mask_report.warn_of_frozen(self.store)
             self.budgeted, form = True, (self.granularity, self.scope, self.final, self.temperature)
             self.layers = _pdp_targets.budget(list(self.store.weights.values()), *form)
-        share = self.ramp.share(self.step)
-        if share != self._share:
-            self._rise(share)
-            told = {"target": share * self.final, **_pdp_targets.shares(self.layers, self.store.weights)}
+        if (interval := self.ramp.interval(self.step)) != self._interval:
+            self._interval = interval
+            self._rise(self.ramp.share(self.step))
+            told = {"target": self._share * self.final, **_pdp_targets.shares(self.layers, self.store.weights)}
             self._unlogged = {f"{self.slug}/{name}": value for name, value in told.items()}
         if self.freeze_step is not None and self.step >= self.freeze_step:
             self._harden()
@@ -217,6 +218,7 @@ class PDPCallback(MaskedCallback):
             "masks": state["masks"] if self.frozen else {},
             "silenced": self.compaction.state(),
             "share": self._share,
+            "interval": self._interval,
             "ramp": dict(vars(self.ramp)) if self.ramp else None,
             "freeze": self.freeze_step,
             "layers": {n: {"sparsity": w.sparsity, "temperature": w.temperature} for n, w in self.layers.items()},
@@ -228,6 +230,7 @@ class PDPCallback(MaskedCallback):
         self.ramp, self.freeze_step = Ramp(**saved["ramp"]) if saved["ramp"] else None, saved["freeze"]
         weights = {name: self.store.weights[name] for name in saved["layers"]}
         self.layers = _pdp_targets.layers_of(weights, self.granularity, saved["layers"])
+        self._interval = saved["interval"]
         self._rise(saved["share"])
         self.budgeted, self.frozen = saved["budgeted"], bool(saved["masks"])
         self.compaction.load_state(self._network, saved["silenced"])

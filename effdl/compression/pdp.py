@@ -52,12 +52,14 @@ class Ramp:
     def __post_init__(self) -> None:
         check(self.stop >= self.start, "stop", self.stop, f"a point not before start={self.start} (in steps)")
 
+    def interval(self, step: int) -> int:
+        """e - s; negative before ``start``."""
+        return (step - self.start) // self.every
+
     def share(self, step: int) -> float:
         """In [0, 1]; 0 before ``start``, one interval's worth of the way at it."""
-        if step < self.start:
-            return 0.0
-        done = ((step - self.start) // self.every + 1) * self.every
-        return min(1.0, done / max(self.stop - self.start, 1))
+        done = (self.interval(step) + 1) * self.every
+        return min(1.0, max(done, 0) / max(self.stop - self.start, 1))
 
 
 def layer_sparsities(magnitudes: Sequence[Tensor], sparsity: float) -> tuple[float, list[float]]:

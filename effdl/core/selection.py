@@ -55,7 +55,7 @@ def _(scores: Tensor, index: Tensor) -> Tensor:
 
 def by_sorting(flat: Tensor, index: Tensor) -> Tensor:
     """The same by a full sort of scores [N], all on the device."""
-    ordered = flat.sort(descending=True).values
+    ordered, index = flat.sort(descending=True).values, index.to(flat.device)
     return ordered.gather(0, torch.stack([index, index + 1]))
 
 

@@ -201,7 +201,7 @@ def test_accumulation_counts_optimizer_steps():
                 super()._rise(share)
 
         fit(Net(), Watch(0.8, "auto", 4, 16, 4, targets="*"), max_epochs=epochs, accumulate_grad_batches=accumulate)
-        assert shares == [(4, 1 / 3), (8, 2 / 3), (12, 1.0)]
+        assert shares == [(4, 1 / 3), (8, 2 / 3), (12, 1.0), (16, 1.0), (20, 1.0)]
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
