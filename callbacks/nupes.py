@@ -100,7 +100,7 @@ class NUPESCallback(CalibratedCallback):
             number = isinstance(exponent, (int, float))
             check(number, "exponent", exponent, "'layer', 'network' or a number in (0, 1.5]")
             check_number("exponent", exponent, 0, 1.5, closed="(]")
-        check_layout(granularity)
+        check_layout(granularity, "granularity")
         check(isinstance(learn_codes, bool), "learn_codes", learn_codes, "True or False")
         check(isinstance(learn_exponent, bool), "learn_exponent", learn_exponent, "True or False")
         check_integer("iterations", iterations, 1)
@@ -133,7 +133,8 @@ class NUPESCallback(CalibratedCallback):
             self._begin()
             if stage == "fit":
                 thaw(pl_module)  # another fit goes on from what the codes decode to
-            self.keep(when_built(pl_module, lambda: self._select(trainer, pl_module)))
+            if not quantized_weights(pl_module):  # else a checkpoint may bring the float weights
+                self.keep(when_built(pl_module, lambda: self._select(trainer, pl_module)))
         if stage == "fit":
             # after all callbacks and the module's own hook: averages are put in, masks applied, checkpoints written
             self.keep(wrap(trainer.strategy, "on_train_end", lambda *args: self._then_act(trainer, pl_module, *args)))
@@ -175,6 +176,10 @@ class NUPESCallback(CalibratedCallback):
 
     def calibrate(self, trainer: Any, pl_module: Any, batches: list[Any]) -> None:
         """Codes in the place of the weights."""
+        if not self.weights:  # the network held codes in setup: they are what is validated, unless a checkpoint came
+            if quantized_weights(pl_module):
+                return
+            self._select(trainer, pl_module)
         began = time.perf_counter()
         weights = {name: weight.data for name, weight in self.weights.items()}
         records = power_records(weights, self.bits, self.exponent, self.granularity, self.first_last_bits)

@@ -46,11 +46,11 @@ def top_code(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def check_layout(layout: str) -> None:
+def check_layout(layout: str, argument: str = "layout") -> None:
     """Raise unless it is ``"row"``, ``"tensor"`` or ``"group:K"``."""
     kind, _, size = str(layout).partition(":")
     fits = layout in ("row", "tensor") or (kind == "group" and size.isdigit() and int(size) > 0)
-    check(fits, "granularity", layout, "'row', 'tensor' or 'group:K' with K >= 1")
+    check(fits, argument, layout, "'row', 'tensor' or 'group:K' with K >= 1")
 
 
 def largest(weight: Tensor, layout: str = "row") -> Tensor:

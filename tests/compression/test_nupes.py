@@ -251,7 +251,7 @@ def test_int8_takes_uniform_records_or_codebooks_put_on_a_grid():
         (lambda: power_quantize(W, 1), "bits"),
         (lambda: power_quantize(W, 9), "bits"),
         (lambda: power_quantize(W, 4, 0), "exponent"),
-        (lambda: power_quantize(W, 4, 0.5, "column"), "granularity"),
+        (lambda: power_quantize(W, 4, 0.5, "column"), "layout"),
         (lambda: power_records({"layer4.weight": W.clone().fill_(float("nan"))}), r"layer4\.weight"),
         (lambda: integer_dot(torch.ones(2), torch.ones(2), 4), "inverse"),
     ],

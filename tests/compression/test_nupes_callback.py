@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -91,17 +92,28 @@ def test_must_08_and_09_learned_artifact(tmp_path):
     assert told["layers"]["0.weight"].keys() >= {"exponent", "error", "uniform_error", "moved", "bits_per_weight"}
 
 
-def test_validate_alone_without_data_looks_at_none_and_again_does_nothing():
+def test_two_of_them_under_validate_alone_and_again_without_effect():
     callback, module = NUPESCallback(4, first_last_bits=8, exclude="3"), Net()
-    before = module.model[3].weight.clone()
-    run = trainer(callback)
+    run = trainer(callback, NUPESCallback(3, targets="3"))
     run.validate(module, data(2), verbose=False)
     records = quantized_weights(module.model)
-    assert {n: r.bits for n, r in records.items()} == {"0.weight": 8, "6.weight": 4, "8.weight": 8}
-    assert torch.equal(module.model[3].weight, before)
+    assert {n: r.bits for n, r in records.items()} == {"0.weight": 8, "3.weight": 3, "6.weight": 4, "8.weight": 8}
     run.validate(module, data(2), verbose=False)
     assert quantized_weights(module.model).keys() == records.keys()
     assert callback.report()["layers"]["6.weight"]["error"] <= callback.report()["layers"]["6.weight"]["uniform_error"]
+
+
+def test_a_checkpoint_is_of_the_float_network_and_gives_the_same_codes_again(tmp_path):
+    save = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+    module = Net()
+    trainer(NUPESCallback(3), save, enable_checkpointing=True).fit(module, data())
+    codes = {name: record.codes for name, record in quantized_weights(module.model).items()}
+    again = NUPESCallback(3)
+    trainer(again).validate(module, data(1), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False)
+    assert all(torch.equal(record.codes, codes[n]) for n, record in quantized_weights(module.model).items())
+    assert again.report()["artifact_bytes"] > 0
+    trainer(NUPESCallback(3)).fit(module, data())  # goes on from what the codes decode to
+    assert quantized_weights(module.model).keys() == codes.keys()
 
 
 def test_learned_exponent_alone_is_no_worse_on_the_layer():
