@@ -37,7 +37,7 @@ class PDPCallback(MaskedCallback):
         sparsity: final share of zeros R in [0, 1); ``None`` only for N:M.
         temperature: tau > 0, in units of w^2 (times the size of a channel); the paper's 1e-4 suits ResNet-18's weights.
             ``"auto"``, per tensor at ``start``: a tenth of its final t^2, or of the spread of the squared norms of its
-            channels; a twentieth under N:M.
+            channels; a twentieth under N:M. It did better than 1e-4 on small networks (docs/results.md).
         start: s, dense training before it; the budget of each layer is fixed here. 0 for a pretrained model.
         stop: where the full target is reached; the paper's epsilon is ``every / (stop - start)``, by default 0.015 of
             100 epochs. In short runs let it be halfway between ``start`` and the end.

@@ -159,7 +159,7 @@ class Groups:
         return (kept + pruned) * 0.5
 
     def soft(self, weight: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """``(m w, m)``; the gradient runs through w and m, not through t. The mask of channels is [C, 1, ...]."""
+        """``(m w, m)``: the gradient of the first runs through w and m, not through t. Of channels m is [C, 1, ...]."""
         work, t = full(weight), self.threshold(weight, index)
         if self.unit.kind != "channel":
             return SoftMasked.apply(work, t, temperature)
@@ -245,12 +245,13 @@ def soft_mask(weight: Tensor, sparsity: float, temperature: float, granularity: 
         seen = mask * layer.weight
     """
     check_number("temperature", temperature, 0, float("inf"), closed="()")
-    groups = Groups.parse(granularity)
-    return groups.soft(weight, _index(groups, weight, sparsity), temperature)[1].expand(weight.shape)
+    groups, work = Groups.parse(granularity), full(weight)
+    t = groups.threshold(weight, _index(groups, weight, sparsity))
+    return torch.sigmoid((groups.squares(work) - t * t) / temperature).expand(weight.shape)
 
 
 def soft_masked(weight: Tensor, sparsity: float, temperature: float, granularity: str = "unstructured") -> Tensor:
-    """``m(w) w``, what the forward pass uses, with the paper's derivative; arguments as in :func:`soft_mask`."""
+    """``soft_mask(w) w``, what the forward pass uses, at half of its cost; arguments as in :func:`soft_mask`."""
     check_number("temperature", temperature, 0, float("inf"), closed="()")
     groups = Groups.parse(granularity)
     return groups.soft(weight, _index(groups, weight, sparsity), temperature)[0].to(weight.dtype)

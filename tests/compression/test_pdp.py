@@ -40,6 +40,8 @@ def test_must_01_golden_parity(case):
     threshold = groups.threshold(weight, torch.tensor(last_kept(count, case["r"])))
     mask, seen = soft_mask(weight, *form), soft_masked(weight, *form)
     (grad,) = torch.autograd.grad(seen, weight, double(case["upstream_grad"]))
+    (composed,) = torch.autograd.grad(mask * weight, weight, double(case["upstream_grad"]))
+    assert torch.allclose(composed, grad, rtol=1e-9, atol=1e-12)  # the fused form is the plain one
     want = {"mask": mask, "output": seen, "grad_weight_t_detached": grad, "threshold": threshold}
     errors = {key: float((value.detach() - double(case[key])).abs().max()) for key, value in want.items()}
     print(name_of(case), {key: f"{error:.1e}" for key, error in errors.items()})
