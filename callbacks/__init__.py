@@ -22,6 +22,7 @@ _EXPORTS = {
     "PruningCallback": "effdl.callbacks.gradual_pruning",
     "QuantizedDistillationCallback": "effdl.callbacks.quantized_distillation",
     "RNGStateCallback": "effdl.callbacks.rng_state",
+    "ReSTECallback": "effdl.callbacks.reste",
     "RelevancePruningCallback": "effdl.callbacks.relevance_pruning",
     "RNNPruningCallback": "effdl.callbacks.rnn_sparsity",
     "SAMCallback": "effdl.callbacks.sam",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from effdl.callbacks.powernorm import PowerNormCallback
     from effdl.callbacks.quantized_distillation import QuantizedDistillationCallback
     from effdl.callbacks.relevance_pruning import RelevancePruningCallback
+    from effdl.callbacks.reste import ReSTECallback
     from effdl.callbacks.rng_state import RNGStateCallback
     from effdl.callbacks.rnn_sparsity import RNNPruningCallback
     from effdl.callbacks.sam import SAMCallback
@@ -57,6 +59,7 @@ __all__ = [
     "PruningCallback",
     "QuantizedDistillationCallback",
     "RNGStateCallback",
+    "ReSTECallback",
     "RelevancePruningCallback",
     "RNNPruningCallback",
     "SAMCallback",

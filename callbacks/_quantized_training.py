@@ -86,6 +86,14 @@ class QuantizedTrainingCallback(MethodCallback):
         """Its codes; ``_seen`` bit for bit when decoded."""
         raise NotImplementedError
 
+    def _install(self, pl_module: Any, records: dict[str, QuantizedWeight]) -> None:
+        """Codes in the place of weights; the inverse of ``_thaw``."""
+        install(pl_module, records)
+
+    def _thaw(self, pl_module: Any) -> bool:
+        """Codes of an earlier run become float weights that train; whether there were any."""
+        return thaw(pl_module)
+
     def _keeps_zeros(self) -> bool:
         """Whether zero is always a level."""
         return False
@@ -99,7 +107,7 @@ class QuantizedTrainingCallback(MethodCallback):
             return
         self._refuse_masks(trainer)
         self._begin()
-        if thaw(pl_module):
+        if self._thaw(pl_module):
             rank_zero_warn("The network held quantised weights: training goes on from what they decode to.")
         if self.teacher_weight > 0:
             require_automatic_optimization(pl_module, type(self).__name__)
@@ -207,11 +215,11 @@ class QuantizedTrainingCallback(MethodCallback):
     def _load_as_codes(self, pl_module: Any, call_next: Callable, checkpoint: dict[str, Any]) -> None:
         """Under validate, test and predict: the checkpoint's artifact itself is what runs, and stays in the module."""
         state, kept = checkpoint["state_dict"], checkpoint.get("effdl", {}).get(self.state_key, {}).get("state_dict")
-        thaw(pl_module)
+        self._thaw(pl_module)
         if kept:
             points = kept["points"]
             records = {name: self._record(name, raw, points.get(name)) for name, raw in kept["masters"].items()}
-            install(pl_module, records)
+            self._install(pl_module, records)
             state = checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in kept["names"]}
             for name, record in records.items():
                 tables = {"codes": pack(record.codes, record.bits), **record.tables()}
@@ -236,7 +244,7 @@ class QuantizedTrainingCallback(MethodCallback):
             self._warn(records)
             self._detach()
             self.finished = Finished.of(trainer, pl_module, self._probe, *self._compared(pl_module))
-            install(pl_module, records)
+            self._install(pl_module, records)
 
     def _warn(self, records: dict[str, QuantizedWeight]) -> None:
         """What the user should know of the codes."""
