@@ -13,7 +13,7 @@ from effdl.core.calibrate import to_device
 from effdl.core.export import product
 from effdl.core.report import ForwardProbe, latencies_ms
 from effdl.core.select import Weight
-from effdl.core.structure import swap_children
+from effdl.core.structure import Counts, compact, dead_channels, swap_children
 
 
 def prefix_of(pl_module: Any) -> str:
@@ -42,6 +42,19 @@ def of_full_size(pl_module: Any, full: nn.Module, call_next: Callable, checkpoin
     if any(state.get(name, shape) != shape for name, shape in own.items()):
         swap_children(network, copy.deepcopy(full).to(next(network.parameters()).device))
     call_next(checkpoint)
+
+
+def validates_checkpoint(trainer: Any) -> bool:
+    """Under ``trainer.validate(ckpt_path=...)``, not in a validation inside a fit."""
+    return str(getattr(trainer.state.fn, "value", trainer.state.fn)) == "validate" and bool(trainer.ckpt_path)
+
+
+def compacted_again(
+    network: nn.Module, layers: list[str], probe: ForwardProbe | None
+) -> tuple[nn.Module, Counts] | None:
+    """A loaded network without the dead filters of the named layers; ``None`` where it has none."""
+    dead = {name: gone for name, gone in dead_channels(network).items() if name in layers and gone.any()}
+    return compact(network, probe.inputs[0], dead) if dead and probe is not None and probe.inputs else None
 
 
 def columns(

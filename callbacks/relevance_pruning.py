@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from effdl.callbacks import _relevance_network as place
 from effdl.callbacks._mask_report import warn_of_early_end
 from effdl.callbacks._masked import MaskedCallback
-from effdl.callbacks._relevance_network import columns, of_full_size, parameters, prefix_of
 from effdl.compression.relevance_pruning import FilterPruner, check_settings, prunable, reference_samples
 from effdl.core.calibrate import calibration_batches as read_batches
 from effdl.core.calibrate import to_device
@@ -20,6 +20,7 @@ from effdl.core.errors import ConfigurationError, check, check_integer
 from effdl.core.export import product
 from effdl.core.masks import MaskStore
 from effdl.core.paper import Paper
+from effdl.core.report import ForwardProbe
 from effdl.core.schedules import Point, check_point, resolve_point
 from effdl.core.select import Targets, check_targets, select_weights
 from effdl.core.steps import wrap
@@ -33,7 +34,8 @@ class RelevancePruningCallback(MaskedCallback):
     also without training afterwards. Filters are masked, ``step_sparsity`` of them at a time with new scores, held at
     zero behind every optimizer step, and at the end taken out: the module's network is then a smaller dense one. One
     scoring pass costs a few gradients of the reference images. With ``every`` the network trains between two steps
-    (the paper: about 10 epochs at a tenth of the rate). Checkpoints keep the full size, with exact zeros.
+    (the paper: about 10 epochs at a tenth of the rate). Checkpoints keep the full size, with exact zeros; one that is
+    loaded by ``trainer.validate`` (``effdl export``) is compacted behind the validation.
 
     Args:
         sparsity: share of the filters to remove, in (0, 1).
@@ -150,14 +152,14 @@ class RelevancePruningCallback(MaskedCallback):
     def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._full is not None:
             full = self._full
-            self.keep(wrap(pl_module, "on_load_checkpoint", lambda *args: of_full_size(pl_module, full, *args)))
+            self.keep(wrap(pl_module, "on_load_checkpoint", lambda *args: place.of_full_size(pl_module, full, *args)))
         super().attach(trainer, pl_module, stage)
 
     def _select(self, pl_module: Any) -> None:
         network = product(pl_module)
         self._layers = prunable(network, self.targets, self.exclude)
         select_weights(network, self._layers)  # refuses sharded ones
-        self.store = MaskStore(parameters(pl_module))
+        self.store = MaskStore(place.parameters(pl_module))
 
     def _is_dense(self) -> bool:
         return self.store is not None and not self.store.masks and not self.counts
@@ -174,17 +176,16 @@ class RelevancePruningCallback(MaskedCallback):
         if self.counts:  # fit again on the compacted network: nothing is left to do
             return
         inputs, labels = reference_samples(self._batches(trainer, pl_module), self.samples_per_class)
-        network = product(pl_module)
         self._pruner = FilterPruner(
-            network, inputs, labels, self.sparsity, self.step_sparsity, self.criterion, self.rule, self.absolute,
-            self.coupled, self.strict, self.targets, self.exclude, self.batch_size, self.seed,
+            product(pl_module), inputs, labels, self.sparsity, self.step_sparsity, self.criterion, self.rule,
+            self.absolute, self.coupled, self.strict, self.targets, self.exclude, self.batch_size, self.seed,
         )  # fmt: skip
         if self.store.masks:  # resumed: the masked rows are the dead filters
             self._project()
-            found = dead_channels(network)
+            found = dead_channels(self._pruner.model)
             self._pruner.dead |= {name: found[name] for name in self._pruner.layers}
         if self.step == 0:
-            self._prune_if_due(trainer)
+            self._after_own_step(trainer)
 
     def _batches(self, trainer: Any, pl_module: Any) -> list[Any]:
         if self.reference is not None:
@@ -194,9 +195,6 @@ class RelevancePruningCallback(MaskedCallback):
     # ---- pruning ---------------------------------------------------------------------------------------------
 
     def _after_own_step(self, trainer: Any) -> None:
-        self._prune_if_due(trainer)
-
-    def _prune_if_due(self, trainer: Any) -> None:
         begin, every = self._points["begin"], self._points["every"]
         due = self.step == begin or (every and self.step > begin and (self.step - begin) % every == 0)
         if not due or self._pruner is None or self._pruner.done:
@@ -207,11 +205,10 @@ class RelevancePruningCallback(MaskedCallback):
         self._prune_step(trainer)
         while not every and not self._pruner.done:
             self._prune_step(trainer)
-        row = self.history[-1]
-        self._unlogged = {f"{self.slug}/{name}": value for name, value in row.items()}
+        self._unlogged = {f"{self.slug}/{name}": value for name, value in self.history[-1].items()}
 
     def _prune_step(self, trainer: Any) -> None:
-        prefix = prefix_of(trainer.lightning_module)
+        prefix = place.prefix_of(trainer.lightning_module)
         self._set_masks(trainer, {prefix + name: mask for name, mask in self._pruner.advance().items()})
         self.history.append(self._pruner.row())
 
@@ -222,13 +219,29 @@ class RelevancePruningCallback(MaskedCallback):
         begin, every = self._points["begin"], self._points["every"]
         if not self._pruner.done:
             steps = -(-(self._pruner.goal - self._pruner.removed) // self._pruner.per_step)
-            end = max(begin, self.step) + steps * every
-            warn_of_early_end(self.step, max(end, self.step + 1), self._pruner.reached, self.sparsity)
+            end = max(begin, self.step) + steps * max(every, 1)
+            warn_of_early_end(self.step, end, self._pruner.reached, self.sparsity)
         if self.compact and self._pruner.removed:
-            network = self._pruner.model
-            self._full = copy.deepcopy(network)
-            small, self.counts = self._pruner.compacted()
-            swap_children(network, small)
+            self._take_out(self._pruner.model, *self._pruner.compacted())
+
+    def _take_out(self, network: nn.Module, small: nn.Module, counts: dict[str, dict[str, int]]) -> None:
+        self._full, self.counts = copy.deepcopy(network), counts
+        swap_children(network, small)
+
+    # ---- a checkpoint under trainer.validate (effdl export) ---------------------------------------------------
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.compact and place.validates_checkpoint(trainer):
+            self._probe = ForwardProbe(product(pl_module))
+            self.keep(self._probe)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if self.compact and place.validates_checkpoint(trainer):
+            network = product(pl_module)
+            found = place.compacted_again(network, prunable(network, self.targets, self.exclude), self._probe)
+            if found is not None:
+                self._take_out(network, *found)
 
     # ---- state and report ------------------------------------------------------------------------------------
 
@@ -260,7 +273,7 @@ class RelevancePruningCallback(MaskedCallback):
             "channels": self.counts,
             "layers": layers,
             "curves": [f"{self.slug}/sparsity", f"{self.slug}/reference_accuracy", *self.dense.get("metrics", {})],
-            **columns(self.dense, self._full, self._pruner.model, self._probe),
+            **place.columns(self.dense, self._full, self._pruner.model, self._probe),
         }
 
     @classmethod
@@ -268,20 +281,17 @@ class RelevancePruningCallback(MaskedCallback):
         """For the contract suite."""
         return ContractExample(
             kwargs={"sparsity": 0.25, "step_sparsity": 0.1, "start": 1, "every": 1, "samples_per_class": 4},
-            bad={
+            bad=dict.fromkeys(("absolute", "coupled", "compact", "strict"), "yes")
+            | {
                 "sparsity": [0.0, 1.0, float("nan"), 0.95],
                 "step_sparsity": [0.0, 1.5],
                 "start": [-1, 1.5, "soon"],
                 "every": [0, -3],
                 "criterion": ["relevance", 3],
                 "rule": "z-plus",
-                "absolute": "yes",
                 "reference": [3, [torch.zeros(2, 3, 8, 8)]],
                 "calibration_batches": 0,
                 "samples_per_class": 0,
-                "coupled": 1,
-                "compact": "no",
-                "strict": None,
                 "targets": ["no.such.layer", 3],
                 "exclude": "no.such.layer",
                 "batch_size": 0,

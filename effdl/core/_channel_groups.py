@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from effdl.core.errors import ConfigurationError, check, require, suggest
 
@@ -57,6 +58,7 @@ class ChannelGroup:
         return [member.name for member in self.of_role("out")]
 
 
+@torch.inference_mode(False)
 def channel_groups(model: nn.Module, example_inputs: Any, layers: Iterable[str]) -> list[ChannelGroup]:
     """The groups of the output channels of the named convolutions and Linear layers; each layer is in one of them.
 
@@ -95,7 +97,10 @@ def traced_groups(model: nn.Module, example_inputs: Any, layers: Iterable[str]) 
 
 
 def arguments(example_inputs: Any) -> tuple:
-    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    """Positional inputs, copied: what a validation loop has seen takes no part in autograd."""
+    given = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    with torch.inference_mode(False):
+        return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, given)
 
 
 def _is_depthwise(layer: nn.Module) -> bool:

