@@ -117,38 +117,16 @@ def learn_layer(
     """
     scale, bits, layout = largest(weight, record.layout), record.bits, record.layout
     start = 1.0 if record.exponent is None else float(record.exponent)
-    a = torch.tensor([start], device=weight.device, requires_grad=how.exponent)
     rows = grouped(weight.float(), layout)
     v = ungrouped(rows.sign() * top_code(bits) * _power(rows.abs() / scale[:, None], start), weight.shape, layout)
-    v = v.clone().requires_grad_(how.codes)
     alive = weight != 0  # what was pruned stays so
 
-    def relaxed() -> Tensor:
+    def seen(v: Tensor, a: Tensor) -> Tensor:
         if how.codes:
             return decode_relaxed(v, scale, bits, a, layout)
         return straight_through(weight, bits, a, layout, scale)
 
-    learned = [(v, how.code_rate)] * how.codes + [(a, how.exponent_rate)] * how.exponent
-    optimizer = torch.optim.Adam([{"params": [parameter], "lr": rate} for parameter, rate in learned])
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / how.iterations)
-    order, every = _order(len(inputs), how), max(1, len(inputs) // how.batch_size)
-    best, least = (v.detach().clone(), start), _error(run, relaxed, inputs, targets)
-    for step in range(how.iterations):
-        picked = next(order).to(inputs.device)
-        with torch.enable_grad():
-            loss = (run(relaxed(), inputs[picked]) - targets[picked]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
-        decay.step()
-        with torch.no_grad():
-            v.clamp_(-top_code(bits), top_code(bits)).mul_(alive)
-            a.clamp_(LOWEST, HIGHEST)
-        if (step + 1) % every == 0:
-            error = _error(run, relaxed, inputs, targets)
-            if error < least:
-                best, least = (v.detach().clone(), a.item()), error
-    v, exponent = best
+    v, exponent = _fit(seen, v, start, alive * top_code(bits), run, inputs, targets, how)
     if how.codes:
         decode = partial(power_decode, scale=scale, bits=bits, exponent=exponent, layout=layout)
         codes = descend(v.round(), decode, bits, run, inputs, targets, outputs, alive).to(torch.int8)
@@ -158,6 +136,44 @@ def learn_layer(
         return replace(record, codes=codes)
     table = torch.tensor([exponent], device=weight.device)
     return replace(record, codes=codes, scale=scale.float(), exponent=table)
+
+
+def _fit(
+    seen: Callable[[Tensor, Tensor], Tensor],
+    v: Tensor,
+    start: float,
+    limit: Tensor,
+    run: Callable[[Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    how: Learning,
+) -> tuple[Tensor, float]:
+    """Adam on codes v within +-``limit`` and on the exponent, from ``start``; the best of both by the error of the
+    rounded weight ``seen(v, a)``, which is looked at after each pass over the examples.
+    """
+    v = v.detach().clone().requires_grad_(how.codes)
+    a = torch.tensor([start], device=v.device, requires_grad=how.exponent)
+    learned = [(v, how.code_rate)] * how.codes + [(a, how.exponent_rate)] * how.exponent
+    optimizer = torch.optim.Adam([{"params": [parameter], "lr": rate} for parameter, rate in learned])
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / how.iterations)
+    order, every = _order(len(inputs), how), max(1, len(inputs) // how.batch_size)
+    best, least = (v.detach().clone(), start), _error(run, seen(v, a), inputs, targets)
+    for step in range(how.iterations):
+        picked = next(order).to(inputs.device)
+        with torch.enable_grad():
+            loss = (run(seen(v, a), inputs[picked]) - targets[picked]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        decay.step()
+        with torch.no_grad():
+            v.clamp_(-limit, limit)
+            a.clamp_(LOWEST, HIGHEST)
+            if (step + 1) % every == 0:
+                error = _error(run, seen(v, a), inputs, targets)
+                if error < least:
+                    best, least = (v.clone(), a.item()), error
+    return best
 
 
 def descend(
@@ -215,8 +231,7 @@ def _quadratic(
 
 
 @torch.no_grad()
-def _error(run: Callable, relaxed: Callable[[], Tensor], inputs: Tensor, targets: Tensor, chunk: int = 256) -> float:
-    weight = relaxed()
+def _error(run: Callable, weight: Tensor, inputs: Tensor, targets: Tensor, chunk: int = 256) -> float:
     parts = [(run(weight, x) - y).square().sum() for x, y in zip(inputs.split(chunk), targets.split(chunk))]
     return float(torch.stack(parts).sum() / targets.numel())
 

@@ -210,13 +210,14 @@ def test_must_05_gradients_are_finite_everywhere(bits, dtype):
 
 def test_must_06_learning_searches_the_whole_code_space():
     want = GOLDEN["whole_code_space"]
-    x, w = torch.tensor(want["X"]), torch.tensor(want["w"])
+    x, w = torch.tensor(want["X"]), torch.tensor([want["w"]])
     record = power_quantize(w, want["bits"], want["a"], "tensor")
-    assert record.codes.tolist() == want["round_to_nearest_codes"]
-    run = lambda weight, inputs: inputs @ weight  # noqa: E731
-    mse = lambda r: float((x @ r.dequantize() - x @ w).square().mean())  # noqa: E731
+    assert record.codes[0].tolist() == want["round_to_nearest_codes"]
+    run = lambda weight, inputs: inputs @ weight.T  # noqa: E731
+    mse = lambda r: float((run(r.dequantize(), x) - run(w, x)).square().mean())  # noqa: E731
     assert mse(record) == pytest.approx(want["round_to_nearest_mse"], rel=1e-4)
-    learned = learn_layer(w, record, run, x, x @ w, Learning(iterations=200))
+    learned = learn_layer(w, record, run, x, run(w, x), Learning(iterations=200))
+    assert learned.codes[0].tolist() == want["global_best_codes"]
     assert mse(learned) <= 1.05 * want["global_best_mse"]
     assert mse(learned) < 0.3 * want["best_up_or_down_mse"]
 
