@@ -6,6 +6,7 @@ import copy
 import math
 import statistics
 import time
+from functools import lru_cache
 
 import pytest
 import torch
@@ -17,15 +18,22 @@ from tests.support import real_data
 
 pytestmark = pytest.mark.slow
 SEEDS = (0, 1, 2)
+SPARSITIES = (0.5, 0.6, 0.7)
+TEXTS = ["pydoc", "wikitext2_valid.parquet"]
 LENGTH = 64
 CHARACTERS = {"train": 120_000, "test": 20_000}
 
 
 def text(name):
-    """Characters of the train and test part, and the vocabulary's size."""
+    """Characters of the train and test part, and the vocabulary's size; ``"pydoc"``: topics of Python's ``help()``."""
+    from pydoc_data.topics import topics
+
     import datasets
 
-    rows = datasets.load_dataset("parquet", data_files=str(real_data(name)), split="train")["text"]
+    if name == "pydoc":
+        rows = [topics[topic] for topic in sorted(topics)]
+    else:
+        rows = datasets.load_dataset("parquet", data_files=str(real_data(name)), split="train")["text"]
     characters = "\n".join(rows)[: sum(CHARACTERS.values())]
     symbols = {c: i for i, c in enumerate(sorted(set(characters)))}
     ids = torch.tensor([symbols[c] for c in characters])
@@ -73,9 +81,7 @@ KINDS = {
     "magnitude, rows + DSnoT": {"init": "magnitude"},
     "magnitude, matrix": {"init": "magnitude", "refine": False},
     "sparsegpt": {"init": "sparsegpt", "refine": False},
-    "sparsegpt mask + DSnoT": {"init": "sparsegpt"},
     "release flags, from wanda": {"same_sign": False},
-    "release flags, 3 cycles": {"same_sign": False, "cycles": 3},
 }
 
 
@@ -84,41 +90,53 @@ def measured(name, seed):
     train, test, vocabulary = text(name)
     dense = trained(train, vocabulary, seed)
     calibration = windows(train, 64, torch.Generator().manual_seed(100 + seed)).split(8)
-    found = {"dense": {s: perplexity(dense, test) for s in (0.5, 0.6, 0.7)}}
+    found = {"dense": {s: perplexity(dense, test) for s in SPARSITIES}}
     for kind, options in KINDS.items():
         found[kind] = {}
-        for sparsity in (0.5, 0.6, 0.7):
+        for sparsity in SPARSITIES:
             model = copy.deepcopy(dense)
             sparsify(model, [{"input_ids": ids} for ids in calibration], Settings(sparsity, **options))
             found[kind][sparsity] = perplexity(model, test)
     return found
 
 
-@pytest.mark.parametrize("name", ["wikitext2_valid.parquet", "tinyshakespeare.parquet"])
-def test_must_07_perplexity_of_a_small_language_model(name):
-    start = time.perf_counter()
-    runs = [measured(name, seed) for seed in SEEDS]
+@lru_cache
+def all_runs(name):
+    start, runs = time.perf_counter(), []
+    for seed in SEEDS:
+        runs.append(measured(name, seed))
+        for kind, values in runs[-1].items():
+            print(f"{name} | seed {seed} | {kind} | {values}", flush=True)
     for kind in runs[0]:
-        cells = []
-        for s in (0.5, 0.6, 0.7):
-            values = [run[kind][s] for run in runs]
-            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}")
+        columns = [[run[kind][s] for run in runs] for s in SPARSITIES]
+        cells = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c):.3f}" for c in columns]
         print(f"{name} | {kind} | {' | '.join(cells)}")
     print(f"{time.perf_counter() - start:.0f} s for {len(SEEDS)} seeds")
-    for seed, run in zip(SEEDS, runs):
-        ratios = {s: run["wanda + DSnoT"][s] / run["wanda"][s] for s in (0.5, 0.6, 0.7)}
-        rows = {s: run["magnitude, rows + DSnoT"][s] / run["magnitude, rows"][s] for s in (0.5, 0.6, 0.7)}
-        print(seed, "DSnoT / wanda", ratios, "DSnoT / magnitude rows", rows)
-        others = (run[k][0.7] for k in run if k not in ("dense", "sparsegpt"))
-        assert run["sparsegpt"][0.7] < min(others)
-    for s in (0.5, 0.6, 0.7):
-        for kind in ("wanda", "magnitude, rows"):
-            assert mean(runs, f"{kind} + DSnoT", s) <= 1.002 * mean(runs, kind, s), (kind, s)
-    assert mean(runs, "wanda + DSnoT", 0.7) <= 0.98 * mean(runs, "wanda", 0.7)
+    return runs
 
 
-def mean(runs, kind, sparsity):
-    return statistics.mean(run[kind][sparsity] for run in runs)
+def ratio(runs, ours, other, sparsity):
+    """Of the mean perplexities."""
+    mean = {kind: statistics.mean(run[kind][sparsity] for run in runs) for kind in (ours, other)}
+    return mean[ours] / mean[other]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_must_07_sparsegpt_is_best_in_a_small_language_model(name):
+    for run in all_runs(name):
+        assert run["sparsegpt"][0.7] < min(run[k][0.7] for k in run if k not in ("dense", "sparsegpt"))
+        for s in SPARSITIES:  # eps overshoots without the sign test
+            assert run["release flags, from wanda"][s] > run["wanda"][s]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_must_07_rewiring_does_not_raise_perplexity(name):
+    runs = all_runs(name)
+    for initial in ("wanda", "magnitude, rows"):
+        ratios = {s: ratio(runs, f"{initial} + DSnoT", initial, s) for s in SPARSITIES}
+        print(f"{name}: {initial} + DSnoT against {initial}", ratios)
+        assert max(ratios.values()) <= 1.002
+    assert ratio(runs, "wanda + DSnoT", "wanda", 0.7) <= 0.98
 
 
 def test_time_grows_linearly_with_the_number_of_weights():
