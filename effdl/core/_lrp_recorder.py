@@ -102,7 +102,9 @@ class Recorder(TorchFunctionMode):
         return lambda module, _args: self.stack.append((name, module))
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
         if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))

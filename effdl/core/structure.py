@@ -122,11 +122,11 @@ def _as_mask(model: nn.Module, name: str, channels: Channels) -> Tensor:
         check(legal, f"pruned[{name!r}]", given.tolist(), f"channel numbers from 0 to {width - 1}")
         mask = torch.zeros(width, dtype=torch.bool)
         mask[given.long()] = True
-    alive = mask & weight_rows(layer).ne(0).any(1).cpu()
+    alive = weight_rows(layer)[mask.to(layer.weight.device)].ne(0).any(1).cpu()
     if alive.any():
         raise ConfigurationError(
-            f"pruned[{name!r}]: channels {alive.nonzero().flatten().tolist()[:8]} have weights that are not zero. "
-            "Mask them first: effdl.core.structure.silence_."
+            f"pruned[{name!r}]: channels {mask.nonzero().flatten()[alive].tolist()[:8]} have weights that are not "
+            "zero. Mask them first: effdl.core.structure.silence_."
         )
     return mask
 

@@ -280,6 +280,29 @@ def test_neurons_of_an_mlp_and_the_networks_output_stay():
     assert counts["5"]["out_features"] == 3
 
 
+@pytest.mark.parametrize("name", ["resnet", "bottleneck", "mobilenet", "vgg"])
+def test_stock_networks(name):
+    from torchvision.models import mobilenet_v2, resnet
+    from torchvision.models.vgg import VGG, make_layers
+
+    torch.manual_seed(0)
+    make = {
+        "resnet": lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=3),
+        "bottleneck": lambda: resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=3, width_per_group=16),
+        "mobilenet": lambda: mobilenet_v2(num_classes=3, width_mult=0.25),
+        "vgg": lambda: VGG(make_layers([8, "M", 16, "M"], batch_norm=True), num_classes=3),
+    }
+    net, x = settle(make[name]()), torch.rand(6, 3, 32, 32)
+    if name == "vgg":
+        net.avgpool, net.classifier = nn.AdaptiveAvgPool2d(2), nn.Linear(64, 3)
+    done = prune_filters(net, x, torch.arange(6) % 3, 0.3, step_sparsity=0.3)
+    small, _ = compact(net, x[:2], done.dead)
+    scale = net(x).abs().max()
+    assert torch.allclose(net(x) / scale, small(x) / scale, atol=1e-5)
+    assert done.history[-1]["sparsity"] >= 0.29
+    assert done.history[-1]["parameters"] < 0.9 * done.history[0]["parameters"]
+
+
 def test_scores_are_normalised_over_live_filters_and_few_steps_warn(net):
     raw = {"a": doubles([3.0, -1.0, 100.0]), "b": doubles([0.0, 0.0, 0.0])}
     alive = {"a": torch.tensor([True, True, False]), "b": torch.ones(3, dtype=torch.bool)}

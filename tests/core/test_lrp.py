@@ -35,7 +35,7 @@ class Block(nn.Module):
     def forward(self, x):
         x = self.relu(self.na(self.a(x)))
         x += self.nb(self.b(x))
-        x = F.avg_pool2d(F.max_pool2d(self.relu(x), 2), 2)
+        x = F.avg_pool2d(input=F.max_pool2d(self.relu(x), 2), kernel_size=2)
         return self.head(F.dropout(x, 0.5, self.training).reshape(x.size(0), -1))
 
 
