@@ -47,10 +47,11 @@ class DifferentiableQuantizationCallback(QuantizedTrainingCallback):
     alone; BatchNorm statistics are collected anew in train mode. At the end the network holds packed codes and
     codebooks (``core.quantized``), which run on the ``"lut"`` and ``"dense"`` backends.
 
-    Start from a trained network, with a small rate, for the gradient of a point is a sum over its weights: Adam 3e-3,
-    or SGD 1e-4 with momentum 0.9; ten times that collapses, and a warning says so. No weight decay: it would pull
-    points to 0. A few epochs are enough. List it before a ``WeightAveraging``. Frozen weights and points are kept in
-    checkpoints beside Q(v), which any module loads.
+    Start from a trained network, with a small rate, for the gradient of a point is a sum over its weights: at 2 bits Adam
+    3e-3, with more points 1e-3, or SGD 1e-4 with momentum 0.9; ten times that collapses, and a warning says so. No
+    weight decay: it would pull points to 0. A few epochs are enough. Where there is BatchNorm, much of the gain comes
+    from its statistics: compare with ``core.calibrate.recalibrate_batchnorm`` alone. List it before a
+    ``WeightAveraging``. Frozen weights and points are kept in checkpoints beside Q(v), which any module loads.
 
     Args:
         bits: b, 1 to 8.
@@ -201,7 +202,7 @@ class DifferentiableQuantizationCallback(QuantizedTrainingCallback):
         if float(self._crossed) > CROSSED:
             rank_zero_warn(
                 f"In one step {float(self._crossed):.0%} of the quantisation points passed a neighbour's old position: "
-                "lower the learning rate (Adam 3e-3, or SGD 1e-4 with momentum 0.9, at 2 bits), or training collapses."
+                "lower the learning rate (at 2 bits Adam 3e-3, or SGD 1e-4 with momentum 0.9), or training collapses."
             )
         self._crossed = None
 
