@@ -155,6 +155,16 @@ def test_errors(pruned, message):
         rebuild(made(Residual), {"inner": {"colour": 3}})
 
 
+def test_half_precision_networks_are_compacted_too():
+    net = made(Residual).bfloat16()
+    x = X.bfloat16()
+    (group,) = channel_groups(net, x, ["inner"])
+    silence_(net, group, torch.arange(5) < 2)
+    small, _ = compact(net, x, {"inner": [0, 1]})
+    assert small.inner.weight.dtype == torch.bfloat16
+    assert small.inner.out_channels == 3
+
+
 def test_outputs_of_the_network_stay():
     net = made(Residual)
     with torch.no_grad():
