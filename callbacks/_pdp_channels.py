@@ -74,11 +74,19 @@ class Compaction:
 
     def silence(self, probe: ForwardProbe, store: MaskStore) -> None:
         """Zero what stands behind the dead channels, now and after each step (:meth:`project`)."""
-        if not self.wanted or self.silenced.masks:
+        if not self.wanted or self.silenced.masks or probe.inputs is None:
             return
-        if dead := dead_channels(probe.model, store):
-            self._keep(probe.model, silent_masks(probe, dead))
-            self.project()
+        try:
+            if dead := dead_channels(probe.model, store):
+                self._keep(probe.model, silent_masks(probe, dead))
+                self.project()
+        except ConfigurationError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: ConfigurationError) -> None:
+        """A trained network is worth more than a small one."""
+        self.wanted = False
+        rank_zero_warn(f"compact: the network keeps its dead channels. {error}")
 
     def _keep(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         owners = {name: name.rpartition(".") for name in masks}
@@ -98,16 +106,17 @@ class Compaction:
         """
         if not self.wanted:
             return
+        full = copy.deepcopy(probe.model)
+        self.silence(probe, store)
+        self.project()
         try:
-            self.silence(probe, store)
-            self.project()
             with evaluating(probe.model):
                 small, counts = compact(probe.model, _inputs(probe), dead_channels(probe.model, store))
-        except ConfigurationError as error:  # a trained network is worth more than a small one
-            rank_zero_warn(f"compact: the network keeps its dead channels. {error}")
-            return
-        self.full, self.counts = copy.deepcopy(probe.model), counts
-        swap_children(probe.model, small)
+            self.full, self.counts = full, counts
+            swap_children(probe.model, small)
+        except ConfigurationError as error:
+            probe.model.load_state_dict(full.state_dict())
+            self._give_up(error)
 
     def state(self) -> dict[str, Any]:
         return self.silenced.state()
