@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from effdl.core.capture import evaluating
 from effdl.core.errors import ConfigurationError, check_choice, require
 from effdl.core.quantized import dequantize_, is_quantized, quantized_weights, record_of
-from effdl.core.quantizers import QuantizedWeight
+from effdl.core.quantizers import HALF, QuantizedWeight
 
 BACKENDS = ("lut", "dense", "torch-int8", "torch-int4", "torchao")
 INT4_GROUPS = (32, 64, 128, 256)
@@ -88,7 +88,7 @@ def deploy(
     chosen = {
         name: layer
         for name, layer in result.named_modules()
-        if layer.__dict__.get("_effdl_quantized") and not any(fnmatchcase(name, pattern) for pattern in patterns)
+        if _holds_codes(layer) and not any(fnmatchcase(name, pattern) for pattern in patterns)
     }
     make = {"torch-int8": _int8, "torch-int4": _int4, "torchao": _torchao}[backend]
     made = {name: make(name, layer, (activations or {}).get(name)) for name, layer in chosen.items()}
@@ -100,6 +100,12 @@ def deploy(
     return result
 
 
+def _holds_codes(layer: nn.Module) -> bool:
+    """Half-precision weights stay what they are: there is nothing to compute with integers."""
+    names = layer.__dict__.get("_effdl_quantized", {})
+    return any(record_of(layer, name).bits != HALF for name in names)
+
+
 def _fitting(name: str, layer: nn.Module, backend: str, kinds: tuple[type, ...]) -> QuantizedWeight:
     """The record of a layer's weight, if integer arithmetic can use it."""
     if not isinstance(layer, kinds) or not is_quantized(layer):
@@ -108,6 +114,9 @@ def _fitting(name: str, layer: nn.Module, backend: str, kinds: tuple[type, ...])
         raise UnsupportedBackendError(
             f"{name} ({base}): {backend} runs {allowed} only. exclude={name!r} keeps it decoding, or use 'lut'."
         )
+    stock = next(kind for kind in kinds if isinstance(layer, kind))
+    if getattr(type(layer), "forward", None) is not stock.forward:
+        raise UnsupportedBackendError(f"{name}: its class has a forward of its own, which {backend} would not run.")
     record = record_of(layer)
     if not record.uniform:
         points = "a codebook" if record.codebook is not None else "a power exponent"

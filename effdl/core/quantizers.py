@@ -17,7 +17,8 @@ layout      group                                               number of groups
 
 Codes are signed, ``-2^(b-1) <= code < 2^(b-1)``, kept as int8. ``level(code)`` is the code itself; or, with a
 ``codebook`` of 2^b points, ``codebook[code + 2^(b-1)]``; or, with an ``exponent`` a,
-``sign(code) * (|code| / n)^(1/a)``, n = 2^(b-1) - 1.
+``sign(code) * (|code| / n)^(1/a)``, n = 2^(b-1) - 1. With 16 bits the "codes" are half-precision numbers: what a
+network of mixed widths leaves unquantised.
 
 Example::
 
@@ -36,14 +37,16 @@ from torch import Tensor
 
 from effdl.core.errors import ConfigurationError, check_integer
 
+HALF = 16
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A weight as codes.
 
     Args:
-        codes: int8, the shape of the weight.
-        bits: b, 1 to 8.
+        codes: int8, the shape of the weight; float16 or bfloat16 with 16 bits.
+        bits: b, 1 to 8, or 16.
         scale: float32 [groups].
         offset: float32 [groups], or ``None`` for 0.
         codebook: float32 [2^b], or [groups, 2^b] for points of each group's own; ``None`` for uniform levels.
@@ -60,7 +63,8 @@ class QuantizedWeight:
     layout: str = "row"
 
     def __post_init__(self) -> None:
-        check_integer("bits", self.bits, 1, 8)
+        if self.bits != HALF:
+            check_integer("bits", self.bits, 1, 8)
         groups = group_count(self.codes.shape, self.layout)
         for name in ("scale", "offset"):
             value = getattr(self, name)
@@ -68,8 +72,9 @@ class QuantizedWeight:
                 raise ConfigurationError(
                     f"{name} of shape {tuple(value.shape)} for {groups} groups of layout {self.layout!r}"
                 )
-        if self.codes.dtype != torch.int8:
-            raise ConfigurationError(f"codes of dtype {self.codes.dtype}: expected int8")
+        allowed = (torch.float16, torch.bfloat16) if self.bits == HALF else (torch.int8,)
+        if self.codes.dtype not in allowed:
+            raise ConfigurationError(f"codes of dtype {self.codes.dtype} with {self.bits} bits: expected {allowed}")
         if self.codebook is not None and self.exponent is not None:
             raise ConfigurationError("codebook and exponent exclude each other")
 
@@ -80,7 +85,7 @@ class QuantizedWeight:
     @property
     def uniform(self) -> bool:
         """Whether the levels are the codes themselves, as integer kernels want them."""
-        return self.codebook is None and self.exponent is None
+        return self.bits != HALF and self.codebook is None and self.exponent is None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the network computes with."""
@@ -121,11 +126,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         codes: int8 of any shape, within ``[-2^(b-1), 2^(b-1) - 1]``.
 
     Returns:
-        uint8 [ceil(N b / 8)].
+        uint8 [ceil(N b / 8)]; half-precision numbers [N] as they are.
 
     Raises:
         ConfigurationError: a code outside the range.
     """
+    if bits == HALF:
+        return codes.reshape(-1)
     check_integer("bits", bits, 1, 8)
     half = 2 ** (bits - 1)
     if codes.numel() and (int(codes.min()) < -half or int(codes.max()) >= half):
@@ -138,6 +145,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """The codes that :func:`pack` stored, int8 of ``shape``. Made of elementwise operations: exports and compiles."""
+    if bits == HALF:
+        return packed.view(shape)
     numel = math.prod(shape)
     half = 2 ** (bits - 1)
     if bits == 8:
@@ -275,6 +284,13 @@ def affine(weight: Tensor, bits: int, layout: str = "row") -> QuantizedWeight:
     codes = (codes - half).to(torch.int8)
     codes = ungrouped(codes, weight.shape, layout).contiguous()
     return QuantizedWeight(codes, bits, scale, low + half * scale, layout=layout)
+
+
+@torch.no_grad()
+def half_precision(weight: Tensor, dtype: torch.dtype = torch.float16) -> QuantizedWeight:
+    """16 bits a weight: no codes, and half of float32's bytes."""
+    check_finite(weight)
+    return QuantizedWeight(weight.to(dtype), HALF, torch.ones(1, device=weight.device), layout="tensor")
 
 
 def round_ste(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from effdl.core.quantizers import (
     affine,
     group_count,
     grouped,
+    half_precision,
     pack,
     packed_bytes,
     power_levels,
@@ -142,6 +143,32 @@ def test_recurrent_embedding_and_tied_layers():
     assert torch.equal(tied["head"].weight, tied["embed"].weight)
     dequantize_(tied)
     assert tied["head"].weight is tied["embed"].weight
+
+
+def test_half_precision_beside_codes(tmp_path):
+    model = make_network()
+    chosen = records(model, 4)
+    chosen["5.weight"] = half_precision(model[5].weight.detach())
+    assert chosen["5.weight"].bits_per_weight == pytest.approx(16, abs=0.01)
+    quantize_(model, chosen)
+    check_quantized_artifact(model, make_network, (draw(4, 3, 8, 8),), tmp_path)
+    assert torch.equal(model[5].weight, chosen["5.weight"].codes.float())
+    layer = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    quantize_(layer, {"0.weight": symmetric(layer[0].weight.detach(), 8), "1.weight": half_precision(layer[1].weight)})
+    fast = deploy(layer, "torch-int8")
+    assert type(fast[0]).__name__ == "Int8Layer"
+    assert is_quantized(fast[1])
+
+
+def test_a_layer_with_its_own_forward_is_no_stock_layer():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    model = nn.Sequential(Doubled(8, 4))
+    quantize_(model, records(model))
+    with pytest.raises(UnsupportedBackendError, match="forward of its own"):
+        deploy(model, "torch-int8")
 
 
 def test_errors_before_anything_changes(tmp_path):
