@@ -49,10 +49,10 @@ class DifferentiableQuantizationCallback(QuantizedTrainingCallback):
 
     Start from a trained network, with a small rate, for the gradient of a point is a sum over its weights: at 2 bits
     Adam 3e-3, with more points 1e-3, or SGD 1e-4 with momentum 0.9; Adam 1e-2 and SGD 1e-3 collapse. A warning tells
-    when points jump over their neighbours, which a collapse at 2 bits need not do. No weight decay: it would pull points to 0. A few epochs are enough. Where there
-    is BatchNorm, much of the gain comes from its statistics: compare with ``core.calibrate.recalibrate_batchnorm``
-    alone. List it before a ``WeightAveraging``. Checkpoints keep frozen weights and points beside Q(v), which any
-    module loads.
+    when points jump over their neighbours, which a collapse at 2 bits need not do. No weight decay: it would pull
+    points to 0. A few epochs are enough. Where there is BatchNorm, much of the gain comes from its statistics: compare
+    with ``core.calibrate.recalibrate_batchnorm`` alone. List it before a ``WeightAveraging``. Checkpoints keep frozen
+    weights and points beside Q(v), which any module loads.
 
     Args:
         bits: b, 1 to 8.
