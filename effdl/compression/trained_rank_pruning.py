@@ -25,12 +25,12 @@ from effdl.core.factorize import (
     SCHEMES,
     dense_weight,
     factorize,
-    is_cheaper,
+    factors_of,
     matricise,
     max_rank,
     principal,
+    row,
     select_factorizable,
-    split_parameters,
     svd,
     unmatricise,
 )
@@ -219,9 +219,8 @@ def decompose(
         inplace: change the model itself.
 
     Returns:
-        The model, and for each layer ``form`` (``"factors"`` or ``"dense"``, where factors would be no smaller),
-        ``rank``, ``full`` rank, ``parameters`` (weights) ``before`` and ``after``. ``{name: rank}`` of the factors
-        rebuilds the architecture: :func:`core.factorize.factorize`.
+        The model, and for each layer its :func:`core.factorize.row`. ``{name: rank}`` of the factors
+        (:func:`core.factorize.factors_of`) rebuilds the architecture: :func:`core.factorize.factorize`.
 
     Example::
 
@@ -230,18 +229,5 @@ def decompose(
     """
     ranks, rows = final_ranks(layers, scheme, criterion), {}
     for name, layer in layers.items():
-        shape = dense_weight(layer).shape
-        cheaper = is_cheaper(shape, ranks[name], scheme)
-        rows[name] = {
-            "form": "factors" if cheaper else "dense",
-            "rank": ranks[name],
-            "full": max_rank(shape, scheme),
-            "before": shape.numel(),
-            "after": split_parameters(shape, ranks[name], scheme) if cheaper else shape.numel(),
-        }
+        rows[name] = row(dense_weight(layer).shape, ranks[name], scheme)
     return factorize(model, factors_of(rows), scheme, inplace=inplace), rows
-
-
-def factors_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Rank of the layers that were split, from the rows of :func:`decompose`."""
-    return {name: row["rank"] for name, row in rows.items() if row["form"] == "factors"}

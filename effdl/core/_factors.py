@@ -5,6 +5,7 @@ The public names are those of :mod:`effdl.core.factorize`, which says what the s
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 
@@ -195,6 +196,31 @@ def _fill(first: Tensor, second: Tensor, u: Tensor, s: Tensor, vh: Tensor, kind:
     else:
         first.copy_((s.sqrt().unsqueeze(1) * vh).reshape(first.shape))
         second.copy_((u * s.sqrt()).reshape(second.shape))
+
+
+def pair_shape(pair: nn.Sequential) -> tuple[int, ...]:
+    """Shape (out, in, *kernel) of the layer that a pair of the ``channel`` scheme stands for."""
+    first, second = pair
+    return (second.weight.shape[0], *first.weight.shape[1:])
+
+
+def narrow(pair: nn.Sequential, rank: int) -> nn.Sequential:
+    """A copy of a pair of the ``channel`` scheme with its first ``rank`` components; ``rank=0``: one, of zeros.
+
+    Example::
+
+        small = narrow(split(nn.Linear(64, 64), 32), 8)      # Linear(64, 8), Linear(8, 64)
+    """
+    size = max(rank, 1)
+    parts = []
+    for layer, weight, side in zip(pair, (pair[0].weight[:size], pair[1].weight[:, :size]), ("out", "in")):
+        part = copy.copy(layer)
+        part._parameters = {"weight": nn.Parameter(weight.detach() * (rank > 0)), "bias": None}
+        if layer.bias is not None:
+            part._parameters["bias"] = nn.Parameter(layer.bias.detach().clone())
+        setattr(part, f"{side}_features" if isinstance(layer, nn.Linear) else f"{side}_channels", size)
+        parts.append(part)
+    return nn.Sequential(*parts).train(pair.training)
 
 
 def merge(pair: nn.Sequential, name: str = "layer") -> nn.Module:

@@ -33,8 +33,10 @@ from effdl.core._factors import (
     matricise,
     max_rank,
     merge,
+    narrow,
     obstacle,
     oriented,
+    pair_shape,
     principal,
     scheme_of,
     split,
@@ -51,6 +53,7 @@ __all__ = [
     "SCHEMES",
     "dense_weight",
     "factorize",
+    "factors_of",
     "is_cheaper",
     "join",
     "join_before_load",
@@ -59,11 +62,14 @@ __all__ = [
     "max_rank",
     "merge",
     "multiply_adds",
+    "narrow",
     "obstacle",
     "oriented",
+    "pair_shape",
     "principal",
     "ranks_in",
     "refuse_tied",
+    "row",
     "scheme_of",
     "select_factorizable",
     "split",
@@ -94,6 +100,24 @@ def is_cheaper(shape: Iterable[int], rank: int, scheme: str) -> bool:
     return split_parameters(shape := tuple(shape), rank, scheme) < math.prod(shape)
 
 
+def row(shape: Iterable[int], rank: int, scheme: str) -> dict[str, Any]:
+    """What a report tells of a layer at a rank: ``form`` (``"factors"``, or ``"dense"`` where they would be no
+    smaller), ``rank``, ``full`` rank, weights ``before`` and ``after``."""
+    cheaper, size = is_cheaper(shape := tuple(shape), rank, scheme), math.prod(shape)
+    return {
+        "form": "factors" if cheaper else "dense",
+        "rank": rank,
+        "full": max_rank(shape, scheme),
+        "before": size,
+        "after": split_parameters(shape, rank, scheme) if cheaper else size,
+    }
+
+
+def factors_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Rank of the layers that are factors, from their rows: what :func:`factorize` rebuilds them with."""
+    return {name: row["rank"] for name, row in rows.items() if row["form"] == "factors"}
+
+
 @torch.no_grad()
 def multiply_adds(model: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> dict[str, int]:
     """Multiply-adds of each Linear, ``Conv1D`` and convolution in one forward pass, by name; run in eval mode."""
@@ -122,15 +146,17 @@ def multiply_adds(model: nn.Module, args: tuple, kwargs: dict[str, Any] | None =
 
 
 def select_factorizable(
-    model: nn.Module, targets: Targets = None, exclude: Targets = None
+    model: nn.Module, targets: Targets = None, exclude: Targets = None, also: tuple[type[nn.Module], ...] = ()
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The selected Linear, ``Conv1D`` and convolution layers that can be split, and the others with their obstacle.
+
+    Layers of the types ``also`` are selected with them, and end among the others.
 
     Raises:
         ConfigurationError: nothing matched, or a weight is sharded or on the meta device.
     """
     fit, left = {}, {}
-    for name, layer in select_modules(model, targets, exclude, FACTORIZABLE).items():
+    for name, layer in select_modules(model, targets, exclude, (*FACTORIZABLE, *also)).items():
         reason = obstacle(layer)
         if reason:
             left[name] = reason
