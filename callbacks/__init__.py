@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 _EXPORTS = {
     "DSnoTCallback": "effdl.callbacks.dsnot",
     "DifferentiableQuantizationCallback": "effdl.callbacks.differentiable_quantization",
+    "MaestroCallback": "effdl.callbacks.maestro",
+    "MixedPrecisionPTQCallback": "effdl.callbacks.hessian_mixed_precision",
     "NUPESCallback": "effdl.callbacks.nupes",
     "PDPCallback": "effdl.callbacks.pdp",
     "PolyComCallback": "effdl.callbacks.polycom",
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from effdl.callbacks.differentiable_quantization import DifferentiableQuantizationCallback
     from effdl.callbacks.dsnot import DSnoTCallback
     from effdl.callbacks.gradual_pruning import PruningCallback
+    from effdl.callbacks.hessian_mixed_precision import MixedPrecisionPTQCallback
+    from effdl.callbacks.maestro import MaestroCallback
     from effdl.callbacks.nupes import NUPESCallback
     from effdl.callbacks.pdp import PDPCallback
     from effdl.callbacks.polycom import PolyComCallback
@@ -52,6 +56,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DSnoTCallback",
     "DifferentiableQuantizationCallback",
+    "MaestroCallback",
+    "MixedPrecisionPTQCallback",
     "NUPESCallback",
     "PDPCallback",
     "PolyComCallback",
