@@ -90,6 +90,7 @@ def with_forward_of_teachers() -> tuple[Any, list[Any]]:
 def rows(names: list[str] | None = None) -> list[Row]:
     """All rows, or those named."""
     from effdl.callbacks import (
+        MaestroCallback,
         PDPCallback,
         PolyComCallback,
         PowerNormCallback,
@@ -127,6 +128,7 @@ def rows(names: list[str] | None = None) -> list[Row]:
             1.10,
             period=TrainedRankPruningCallback().every,
         ),
+        Row("Maestro", with_callbacks(resnet, MaestroCallback), resnet, 1.5),
         Row("PowerNorm v LayerNorm", with_callbacks(vit, lambda: PowerNormCallback(warmup_iters=0)), vit, 1.5),
         Row("PolyNorm v GELU", with_callbacks(vit, PolyComCallback), vit),
         Row("PolyReLU v GELU", with_callbacks(vit, lambda: PolyComCallback(kind="polyrelu")), vit),
