@@ -33,7 +33,8 @@ class TrainedRankPruningCallback(LowRankCallback):
     not cut. An average (``WeightAveraging``, SWA) is not of low rank and is cut once more before the split. Layers
     pruned by masks become dense factors. With several optimizers the steps of the first one count. Cost: a symmetric
     eigenproblem per layer and cut, milliseconds up to 256 channels, 0.15 s at 512 on one CPU core. On 32x32 images
-    ``every=5`` makes a step of ResNet-18 half as long again; raise ``every`` there.
+    ``every=5`` makes a step of ResNet-18 half as long again; raise ``every`` there. A network without normalisation
+    that is cut from its first step may never learn: give it ``start="5ep"``.
 
     Args:
         scheme: how a convolution is read and split: ``"channel"`` (k x k to r channels, then 1 x 1), ``"spatial"``
