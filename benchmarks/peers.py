@@ -3,7 +3,9 @@
 - pytorch-grad-cam's GradCAM++ and SmoothGradCAMpp(n_samples=1, sigma=0): time and agreement of the maps;
 - Lightning's ModelPruning and PruningCallback: time of a step, and what a resumed run ends with;
 - zennit and core.lrp: time of a relevance pass, and agreement of the relevance;
-- torch-pruning alone and core.structure: time of taking dead filters out, and what the network computes afterwards.
+- torch-pruning alone and core.structure: time of taking dead filters out, and what the network computes afterwards;
+- torchao's own int8 and core.deploy: time of a forward pass, and how far the outputs are apart;
+- Composer's rule for ranks and core.factorize: time of a forward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 
+from benchmarks.kernels import int8, low_rank
 from benchmarks.overhead import classifier, lightning_pruning
 from benchmarks.race import images, in_turns, race, ratios
 from benchmarks.relevance import agreement, relevance, slicing
@@ -146,7 +149,7 @@ def resume() -> list[dict[str, Any]]:
 def measure(pairs: int, batch: int) -> list[dict[str, Any]]:
     """All rows."""
     rows = [*gradcam(pairs, batch), *pruning_step(pairs, batch), *resume()]
-    return [*rows, *relevance(pairs, batch), *slicing(pairs)]
+    return [*rows, *relevance(pairs, batch), *slicing(pairs), *int8(pairs, batch), *low_rank(pairs, batch)]
 
 
 def table(results: list[dict[str, Any]]) -> list[list[str]]:
@@ -171,4 +174,6 @@ def _said(r: dict[str, Any]) -> str:
     if "resumed_sparsity" in r:
         same = "bit-equal" if r["equal"] else "DIFFERENT"
         return f"sparsity {r['uninterrupted_sparsity']:.3f}, resumed {r['resumed_sparsity']:.3f}: {same}"
-    return f"{r['step_ms']:.1f} ms, against {r['bare_ms']:.1f} ms" if "step_ms" in r else ""
+    told = f"{r['step_ms']:.1f} ms, against {r['bare_ms']:.1f} ms" if "step_ms" in r else ""
+    told += f"; outputs differ by {r['difference']:.1e} of the largest" if "difference" in r else ""
+    return told + (f"; parameters {r['parameters']:.2f}" if "parameters" in r else "")

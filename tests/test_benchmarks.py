@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from benchmarks import overhead, peers
+from benchmarks import kernels, overhead, peers
 from benchmarks.__main__ import aligned, main
 from benchmarks.race import peak_bytes, periods, race, ratios
 
@@ -116,3 +116,13 @@ def test_relevance_and_slicing_against_their_peers():
     assert max(coupled["ours_difference"], coupled["theirs_difference"], single["ours_difference"]) < 1e-5
     assert single["theirs_difference"] > 0.01  # live partners of dead filters went too
     assert "outputs differ" in aligned(peers.table([row, coupled, single]))
+
+
+def test_integer_kernels_and_low_rank_beside_float():
+    pytest.importorskip("torchao")
+    rows = kernels.int8(pairs=1, batch=2)
+    assert all(row["difference"] < 0.05 for row in rows if "resnet18" not in row["name"])
+    assert sum("torchao / theirs" in row["name"] for row in rows) == 2
+    (row,) = kernels.low_rank(pairs=1, batch=2)
+    assert 0.2 < row["parameters"] < 0.6
+    assert "parameters" in aligned(peers.table([*rows, row]))
