@@ -98,14 +98,16 @@ def make_discriminator(module: nn.Module, teachers: Teachers, k: int, adversaria
 
 
 def param_groups(
-    module: nn.Module, discriminator: nn.Module | None, lr: float | None, d_lr: float, weight_decay: float | None
+    module: nn.Module, discriminator: nn.Module | None, lr: float | None, d_lr: float | None, weight_decay: float | None
 ) -> list[dict[str, Any]]:
     """The student's trained parameters and, where there is one, the discriminator's, in this order."""
     adversary = [] if discriminator is None else list(discriminator.parameters())
     ids = {id(p) for p in adversary}
+    d_lr = lr if d_lr is None else d_lr
     student: dict[str, Any] = {"params": [p for p in module.parameters() if p.requires_grad and id(p) not in ids]}
     student |= {key: value for key, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None}
-    return [student] + ([{"params": adversary, "lr": d_lr, "weight_decay": 0.0}] if adversary else [])
+    own = {"params": adversary, "weight_decay": 0.0} | ({} if d_lr is None else {"lr": d_lr})
+    return [student, own] if adversary else [student]
 
 
 def fold_discriminator(checkpoint: dict[str, Any], slug: str) -> None:
@@ -130,7 +132,7 @@ def unfold_discriminator(checkpoint: dict[str, Any], slug: str, own: dict[str, T
     return checkpoint.get("effdl", {}).get(slug, {})
 
 
-def warn_of_groups(optimizers: list[Any], discriminator: nn.Module | None, d_lr: float) -> None:
+def warn_of_groups(optimizers: list[Any], discriminator: nn.Module | None, d_lr: float | None) -> None:
     """The discriminator outside every optimizer or at another rate than asked for; weight decay."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if any(group.get("weight_decay", 0) > 5e-5 for group in groups):
@@ -142,6 +144,8 @@ def warn_of_groups(optimizers: list[Any], discriminator: nn.Module | None, d_lr:
     use = "Use self.meal_param_groups() in configure_optimizers."
     if not own:
         rank_zero_warn(f"The discriminator is in no optimizer and will not learn. {use}")
+    elif d_lr is None:
+        return
     elif any(len(group["params"]) > len(ids) for group in own):
         rank_zero_warn(f"The discriminator trains at the student's learning rate instead of d_lr. {use}")
     elif any(abs(group.get("initial_lr", group["lr"]) / d_lr - 1) > 1e-6 for group in own):
@@ -150,7 +154,7 @@ def warn_of_groups(optimizers: list[Any], discriminator: nn.Module | None, d_lr:
 
 def warn_of_outrun(adversarial: str | None, loss: Tensor | None) -> None:
     """At the end: under reversal L_d has no upper bound, and a slow D is no opponent."""
-    if adversarial == "reversal" and loss is not None and float(loss) > 1.0:
+    if adversarial == "reversal" and loss is not None and float(loss) > 0.8:
         rank_zero_warn(
             f"L_d ended at {float(loss):.2f}, above chance (0.69): the student has outrun the discriminator and drifts "
             "away from its teachers. Raise d_lr, or lower d_weight or the student's rate."

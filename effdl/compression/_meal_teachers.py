@@ -177,7 +177,8 @@ def check_meal_arguments(
         check(math.isclose(sum(weights), 1, abs_tol=1e-6), "teacher_weights", weights, "numbers that sum to 1")
     check_choice("adversarial", adversarial, ("reversal", "cooperative", None))
     check_number("d_weight", d_weight, 0, math.inf, closed="[)")
-    check_number("d_lr", d_lr, 0, math.inf, closed="()")
+    if d_lr is not None:
+        check_number("d_lr", d_lr, 0, math.inf, closed="()")
     check_integer("discriminator_k", k, 1)
     check_number("cutmix", cutmix, 0, math.inf, closed="[)", fix="1.0 is the paper's Beta(1, 1).")
     many = isinstance(transform, (list, tuple))

@@ -91,10 +91,11 @@ class MEALV2Mixin:
         teacher_weights: one per teacher, summing to 1; ``None``: all the same.
         adversarial: ``"reversal"`` (D learns to tell student from teachers, the student not to be told), or
             ``"cooperative"`` (the official code: both minimise L_d, ReLU behind D), or ``None`` (no D). Measured
-            differences are small. L_d well above ln 2 = 0.69 under reversal: the student outruns D; raise ``d_lr``.
+            differences are small, as long as L_d does not rise far above ln 2 = 0.69 under reversal.
         d_weight: of L_d, >= 0.
-        d_lr: learning rate of D, which is the second group of the stock classifier's optimizer; in a module with its
-            own ``configure_optimizers`` use :meth:`meal_param_groups` there.
+        d_lr: learning rate of D, the second group of the stock classifier's optimizer; in your own
+            ``configure_optimizers`` use :meth:`meal_param_groups`. ``None``: the student's, which the official code in
+            effect uses. Its 1e-4 is meant but overwritten; under reversal so slow a D is outrun (docs/results.md).
         discriminator_k: k of D's widths C, C/k, C/k^2, 2.
         cutmix: alpha of Beta(alpha, alpha) for mixing boxes of the training images (the paper's variant: 1.0), 0: off.
             The teachers see the mixed images; labels are not mixed, so ``train/accuracy`` says little then.
@@ -127,7 +128,7 @@ class MEALV2Mixin:
         teacher_weights: list[float] | None = None,
         adversarial: Literal["reversal", "cooperative"] | None = "reversal",
         d_weight: float = 1.0,
-        d_lr: float = 1e-4,
+        d_lr: float | None = None,
         discriminator_k: int = 8,
         cutmix: float = 0.0,
         teacher_transform: Callable[[Tensor], Tensor] | list[Callable[[Tensor], Tensor] | None] | None = None,
@@ -230,7 +231,7 @@ class MEALV2Mixin:
 
         Args:
             student_lr, weight_decay: of the student's group; ``None``: the optimizer's own.
-            d_lr: of the discriminator's, whose weight decay is 0; ``None``: the constructor's.
+            d_lr: of the discriminator's, whose weight decay is 0; ``None``: the constructor's, else the student's.
 
         Example::
 

@@ -117,6 +117,7 @@ def run(seed: int) -> dict[str, dict[str, float]]:
     found["MEAL, from scratch"] = meal(trained=False)
     found["MEAL, without D"] = meal(adversarial=None)
     found["MEAL, cooperative"] = meal(adversarial="cooperative")
+    found["MEAL, d_lr 1e-4"] = meal(d_lr=1e-4)
     found["MEAL, same-data teachers"] = meal(given=same_data)
     found["all"] = {"seconds": time.perf_counter() - began}
     print(f"seed {seed}", {arm: {k: round(v, 2) for k, v in row.items()} for arm, row in found.items()}, flush=True)

@@ -95,6 +95,8 @@ def test_must_06_the_discriminators_rate_keeps_its_ratio_and_nothing_decays():
     assert [group["weight_decay"] for group in trainer.optimizers[0].param_groups] == [0, 0]
     groups = module.meal_param_groups(0.3)
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.3, 0.0), (1e-4, 0.0)]
+    assert [g["lr"] for g in stock().meal_param_groups(0.3)] == [0.3, 0.3]
+    assert [g["lr"] for g in sgd(stock().meal_param_groups()).param_groups] == [0.05, 0.05]
     none = stock(adversarial=None)
     assert none.meal_discriminator is None
     assert len(none.meal_param_groups()) == 1
@@ -110,7 +112,7 @@ def test_must_06_the_discriminators_rate_keeps_its_ratio_and_nothing_decays():
 )
 def test_must_06_what_breaks_it_warns(optimizer, scheduler, message):
     with pytest.warns(UserWarning, match=message):
-        fit(stock(optimizer=optimizer, scheduler=scheduler), max_steps=1)
+        fit(stock(d_lr=1e-4, optimizer=optimizer, scheduler=scheduler), max_steps=1)
 
 
 def test_must_06_a_foreign_optimizer_warns():
@@ -123,11 +125,12 @@ def test_must_06_a_foreign_optimizer_warns():
 
     for cls, message in ((Own, "student's learning rate instead of d_lr"), (Without, "in no optimizer")):
         with pytest.warns(UserWarning, match=message):
-            fit(cls(teachers=teachers(), discriminator_k=1), max_steps=1)
+            fit(cls(teachers=teachers(), discriminator_k=1, d_lr=1e-4), max_steps=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*discriminator.*")
         fit(stock(), max_steps=1)
         fit(Mine(teachers=teachers(), discriminator_k=1), max_steps=1)
+        fit(Own(teachers=teachers(), discriminator_k=1), max_steps=1)  # the student's rate is the default
 
 
 @pytest.mark.parametrize("as_dict", [False, True])
