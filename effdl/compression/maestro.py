@@ -176,15 +176,18 @@ class Prefix:
         self._mask[self.active :] = 0
 
     def _rows(self, weight: Tensor) -> Tensor:
+        if self._is_whole():
+            return weight
         if self.mode == "mask":
-            # in eager mode a whole pair needs no product; a graph must not depend on the number
-            if self.active == self.full and not torch.compiler.is_compiling():
-                return weight
             return weight * self._mask.view(-1, *[1] * (weight.dim() - 1))
         return weight[: self.active] if self.active else weight[:1] * 0  # there are no convolutions to no channels
 
     def _columns(self, weight: Tensor) -> Tensor:
-        return weight[:, : max(self.active, 1)]
+        return weight if self._is_whole() else weight[:, : max(self.active, 1)]
+
+    def _is_whole(self) -> bool:
+        """Nothing is hidden; a graph made for masks must not depend on that."""
+        return self.active == self.full and not (self.mode == "mask" and torch.compiler.is_compiling())
 
     @torch.no_grad()
     def add_penalty_(self, weight: float, among: Container[int]) -> None:
