@@ -186,8 +186,10 @@ class Prefix:
         return weight if self._is_whole() else weight[:, : max(self.active, 1)]
 
     def _is_whole(self) -> bool:
-        """Nothing is hidden; a graph made for masks must not depend on that."""
-        return self.active == self.full and not (self.mode == "mask" and torch.compiler.is_compiling())
+        """Nothing is hidden."""
+        if self.mode == "mask" and torch.compiler.is_compiling():
+            return False  # a graph must not depend on the number
+        return self.active == self.full
 
     @torch.no_grad()
     def add_penalty_(self, weight: float, among: Container[int]) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers.pytorch_utils import Conv1D
 
 from effdl.compression.maestro import (
@@ -218,6 +219,22 @@ def test_must_03_other_samplers():
     assert all(sum(a == j for a, _, _ in draws) > 80 for j in range(1, 6))
     dead = RankSampler("per_layer", {"dead": 0})
     assert dead.draw() == {"dead": 0}
+
+
+def test_a_graph_made_for_masks_serves_every_rank():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(split(nn.Conv2d(3, 6, 3), 6), nn.ReLU()), torch.randn(2, 3, 6, 6)
+    want = [narrow(net[0], rank)(x).relu() for rank in range(7)]
+    prefix = Prefix(net[0], "mask")
+    handles = prefix.attach()
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for rank in (6, 2, 5, 0):
+        prefix.show(rank)
+        assert torch.allclose(compiled(x), want[rank], atol=1e-5)
+    assert counter.frame_count == 1
+    for handle in handles:
+        handle.remove()
 
 
 @torch.no_grad()
