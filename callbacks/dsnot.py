@@ -28,8 +28,9 @@ class DSnoTCallback(CalibratedCallback, MaskedCallback):
     It attaches to transformers' causal LMs and encoders (``nn.Linear`` and GPT-2's ``Conv1D``), timm ViTs, and any
     network with an ``nn.ModuleList`` of equal blocks; another network is treated as one block. Embeddings and head stay
     dense. Cost: about four forward passes over the calibration data and, per layer, sorting its rows (SparseGPT: a
-    Cholesky factorisation of its inputs). Expect little of it where inputs have mean zero: read ``swaps`` in the
-    report. In small networks SparseGPT, which changes the weights that stay, beats all the others.
+    Cholesky factorisation of its inputs). Where inputs have mean zero rewiring changes little: see ``swaps`` in the
+    report. With some hundred inputs per row it can do harm, most at high sparsity: compare with ``refine=False``, try
+    ``cycles=1``. There SparseGPT, which changes the weights that stay, beats all the others.
 
     Args:
         sparsity: share of zeros in [0, 1); ``None`` only with ``nm``.
