@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 
-from effdl.callbacks._calibrated import CalibratedCallback
-from effdl.callbacks._quantized_report import Finished, plain_copy, quantization_report
-from effdl.callbacks._quantized_training import QuantizedTrainingCallback, install, thaw
+from effdl.callbacks._calibrated_quantizer import CalibratedQuantizer
+from effdl.callbacks._quantized_report import plain_copy
 from effdl.compression._nupes_learning import Learning
 from effdl.compression._nupes_network import learn_network
 from effdl.compression.nupes import check_layout, power_codes, power_quantize, power_records, top_code
 from effdl.core.blockwise import call_model
 from effdl.core.contract import ContractExample
-from effdl.core.errors import ConfigurationError, check, check_integer, check_number
+from effdl.core.errors import check, check_integer, check_number
 from effdl.core.export import product
 from effdl.core.paper import Paper
 from effdl.core.quantized import quantize_, quantized_weights
 from effdl.core.quantizers import QuantizedWeight
-from effdl.core.report import ForwardProbe
-from effdl.core.select import Targets, Weight, check_targets, select_weights
-from effdl.core.steps import wrap
-from effdl.core.surgery import when_built
+from effdl.core.select import Targets, check_targets, select_weights
 
 
-class NUPESCallback(CalibratedCallback):
+class NUPESCallback(CalibratedQuantizer):
     """Quantises a trained network's weights non-uniformly: codes of |W|^a, with the exponent a searched for (NUPES).
 
     At the end of training, or without a fit under ``trainer.validate(model, loader)``, each selected weight becomes
@@ -114,73 +108,16 @@ class NUPESCallback(CalibratedCallback):
         self.first_last_bits, self.targets, self.exclude = first_last_bits, targets, exclude
         self._begin()
 
-    # ---- attaching -------------------------------------------------------------------------------------------
-
     def _begin(self) -> None:
-        self.weights: dict[str, Weight] = {}
+        super()._begin()
         self.layers: dict[str, dict[str, float]] = {}
-        self.seconds = 0.0
-        self.finished: Finished | None = None
-        self._ending = False
-        self._probe: ForwardProbe | None = None
-
-    def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage != "fit":
-            self.keep(
-                wrap(pl_module, "on_load_checkpoint", lambda call_next, saved: _load(pl_module, call_next, saved))
-            )
-        if stage == "fit" or (stage == "validate" and not self.done):
-            self._begin()
-            if stage == "fit":
-                thaw(pl_module)  # another fit goes on from what the codes decode to
-            if not quantized_weights(pl_module):  # else a checkpoint may bring the float weights
-                self.keep(when_built(pl_module, lambda: self._select(trainer, pl_module)))
-        if stage == "fit":
-            # after all callbacks and the module's own hook: averages are put in, masks applied, checkpoints written
-            self.keep(wrap(trainer.strategy, "on_train_end", lambda *args: self._then_act(trainer, pl_module, *args)))
-
-    def _select(self, trainer: Any, pl_module: Any) -> None:
-        weights = {weight.name: weight for weight in select_weights(pl_module, self.targets, self.exclude)}
-        for other in trainer.callbacks:
-            if other is not self and isinstance(other, (NUPESCallback, QuantizedTrainingCallback)):
-                twice = sorted(weights.keys() & other.weights.keys())
-                check(not twice, "targets", self.targets, f"layers of its own: another callback quantises {twice}")
-        self.weights = weights
-
-    def _after_training(self, call_next: Callable, trainer: Any) -> None:
-        call_next()  # not yet: see _then_act
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        # lr_find ends its own training behind the callbacks' back: the network must stay as it is then
-        self._ending = True
-
-    def _then_act(self, trainer: Any, pl_module: Any, call_next: Callable, *args: Any) -> None:
-        call_next(*args)
-        if self._ending:
-            self._act(trainer, pl_module, train=True)
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._listen(product(pl_module))
-
-    def _listen(self, network: nn.Module) -> None:
-        if self._probe is None:
-            self._probe = ForwardProbe(network)
-            self.keep(self._probe)
-
-    # ---- acting ----------------------------------------------------------------------------------------------
 
     def _batches(self, trainer: Any, pl_module: Any, train: bool) -> list[Any]:
         if not self.learn_codes and not self.learn_exponent:
             return []
         return super()._batches(trainer, pl_module, train)
 
-    def calibrate(self, trainer: Any, pl_module: Any, batches: list[Any]) -> None:
-        """Codes in the place of the weights."""
-        if not self.weights:  # the network held codes in setup: they are what is validated, unless a checkpoint came
-            if quantized_weights(pl_module):
-                return
-            self._select(trainer, pl_module)
-        began = time.perf_counter()
+    def _records(self, trainer: Any, pl_module: Any, batches: list[Any]) -> dict[str, QuantizedWeight]:
         weights = {name: weight.data for name, weight in self.weights.items()}
         records = power_records(weights, self.bits, self.exponent, self.granularity, self.first_last_bits)
         if batches:
@@ -193,11 +130,9 @@ class NUPESCallback(CalibratedCallback):
                     return call_model(network, batch)
 
             records = learn_network(pl_module, records, batches, how, forward)
-        self.seconds = time.perf_counter() - began
         for name, record in records.items():
             self._tell(name, record)
-        self.finished = Finished.of(trainer, pl_module, self._probe, plain_copy(product(pl_module)), "float")
-        install(pl_module, {n: replace(r, scale=r.scale.to(weights[n].dtype)) for n, r in records.items()})
+        return {name: replace(r, scale=r.scale.to(weights[name].dtype)) for name, r in records.items()}
 
     def _tell(self, name: str, record: QuantizedWeight) -> None:
         weight = self.weights[name].data.float()
@@ -214,28 +149,18 @@ class NUPESCallback(CalibratedCallback):
             row["moved"] = float((rounded != record.codes).float().mean())
         self.layers[name] = row
 
-    # ---- report ----------------------------------------------------------------------------------------------
-
-    def matched(self, module: Any) -> list[str]:
-        """Names of the weights that will be quantised."""
-        return list(self.weights)
-
     def report(self) -> dict[str, Any]:
-        """Per layer the exponent, the relative L2 error and the uniform quantiser's; bits per weight, file bytes,
-        seconds; the accuracy and the latency of the artifact as it is reopened from its file.
+        """As every quantiser's; per layer the exponent, the relative L2 error and the uniform quantiser's.
 
         Raises:
             ConfigurationError: nothing was quantised yet.
         """
-        if self.finished is None:
-            raise ConfigurationError("report() needs a finished fit: nothing was quantised yet.")
-        told = quantization_report(self.finished)
+        told = super().report()
         # of a LightningModule's names the network's part
         for name, row in self.layers.items():
             key = next((k for k in told["layers"] if name == k or name.endswith(f".{k}")), name)
             told["layers"].setdefault(key, {}).update(row)
-        millions = told["quantised_weights"] / 1e6
-        return {**told, "seconds": self.seconds, "seconds_per_million": self.seconds / max(millions, 1e-9)}
+        return told
 
     @classmethod
     def contract_example(cls) -> ContractExample:
@@ -257,12 +182,6 @@ class NUPESCallback(CalibratedCallback):
             },
             second={"bits": 3},
         )
-
-
-def _load(pl_module: Any, call_next: Callable, checkpoint: dict[str, Any]) -> None:
-    """A checkpoint is of the float network."""
-    thaw(pl_module)
-    call_next(checkpoint)
 
 
 def _finished(pl_module: Any) -> nn.Module:
