@@ -8,7 +8,7 @@ from typing import Any
 
 from effdl.callbacks._calibrated import CalibratedCallback
 from effdl.callbacks._quantized_report import Finished, plain_copy, quantization_report
-from effdl.callbacks._quantized_training import QuantizedTrainingCallback, install, thaw
+from effdl.callbacks._quantized_training import install, thaw
 from effdl.core.errors import ConfigurationError, check
 from effdl.core.export import product
 from effdl.core.quantized import quantized_weights
@@ -28,6 +28,7 @@ class CalibratedQuantizer(CalibratedCallback):
 
     targets: Targets
     exclude: Targets
+    quantises = True
 
     def _begin(self) -> None:
         self.weights: dict[str, Weight] = {}
@@ -59,7 +60,7 @@ class CalibratedQuantizer(CalibratedCallback):
     def _select(self, trainer: Any, pl_module: Any) -> None:
         weights = {weight.name: weight for weight in select_weights(pl_module, self.targets, self.exclude)}
         for other in trainer.callbacks:
-            if other is not self and isinstance(other, (CalibratedQuantizer, QuantizedTrainingCallback)):
+            if other is not self and getattr(other, "quantises", False):
                 twice = sorted(weights.keys() & other.weights.keys())
                 check(not twice, "targets", self.targets, f"layers of its own: another callback quantises {twice}")
         self.weights = weights

@@ -39,6 +39,14 @@ class LowRankCallback(MethodCallback):
         self._probe: ForwardProbe | None = None
         self._network: nn.Module | None = None
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        others = [c for c in trainer.callbacks if isinstance(c, LowRankCallback) and type(c) is not type(self)]
+        if others:
+            raise ConfigurationError(
+                f"{type(self).__name__} beside {type(others[0]).__name__}: both split the same layers. Use one of them."
+            )
+        super().setup(trainer, pl_module, stage)
+
     def _split(self, trainer: Any, pl_module: Any, *, train: bool) -> None:
         """Put the finished layers in, and fill ``rows``.
 

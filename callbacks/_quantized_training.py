@@ -35,6 +35,8 @@ class QuantizedTrainingCallback(MethodCallback):
     """
 
     weights: Mapping[str, Weight] = {}
+    #: ``weights`` end as codes: no other callback with this mark may have them too.
+    quantises = True
 
     def check_shared(
         self,
@@ -132,7 +134,7 @@ class QuantizedTrainingCallback(MethodCallback):
     def _select(self, trainer: Any, pl_module: Any) -> None:
         chosen = self._chosen(pl_module)
         for other in trainer.callbacks:
-            if isinstance(other, QuantizedTrainingCallback) and other is not self and other.__dict__.get("_kept"):
+            if getattr(other, "quantises", False) and other is not self and other.__dict__.get("_kept"):
                 twice = other.weights.keys() & {weight.name for weight in chosen}
                 check(not twice, "targets", self.targets, f"layers of its own: another callback quantises {twice}")
         for weight in chosen:
