@@ -345,3 +345,10 @@ def test_low_and_high_precision_weights(dtype):
     fit(module, pdp(scope="local"), precision="bf16-true" if dtype == torch.bfloat16 else "64-true")
     assert module.model[0].weight.dtype == dtype
     assert sum(zeros(module).values()) == pytest.approx(0.8 * 512, rel=0.02)
+
+
+def test_validating_and_saving_leave_no_trace_in_training(tmp_path):
+    fit(plain := Net(), pdp())
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    fit(watched := Net(), pdp(), save, val=data(1), val_check_interval=2)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters()))
