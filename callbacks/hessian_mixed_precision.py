@@ -35,8 +35,9 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
     ``core.deploy.deploy`` runs the 8-bit layers on integers. The order knows no accuracy; the search measures it.
 
     Cost: ``probes`` Hessian-vector products and, with all pairs, N (N + 1) / 2 losses over the calibration batches for
-    each width; ``pairs="hvp"`` takes N products instead. It fails where the loss is flat: at 100 % training accuracy
-    use ``loss="kl"``.
+    each width; ``pairs="hvp"`` takes N products instead. A copy of the network in float32 is searched. It fails where
+    the loss is flat: at 100 % training accuracy use ``loss="kl"``. Operations marked ``once_differentiable`` hide their
+    part of the Hessian silently: take ``diagonal="measured"`` with ``pairs="all"`` there. BatchNorm is not folded.
 
     Args:
         bits: candidates, descending, each 2 to 8.
@@ -53,13 +54,13 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
         granularity: which weights share a scale: ``"row"``, ``"tensor"``, ``"group:K"`` (K = 32 ... for 4-bit kernels).
         probes: Rademacher vectors of Hutchinson's traces.
         calibration_batches: batches of the training data for the losses.
-        validation_batches: batches of the validation data for the metric; ``None``: all.
+        validation_batches: batches of the validation data for the metric, held in memory; ``None``: all.
         seed: of the probes and the random order.
         targets, exclude: layers by name glob or type; default all with a weight matrix.
 
     Raises:
-        ConfigurationError: an argument outside its range; fewer than two layers; labels missing; a metric that is no
-            number; a target that 16 bits miss. The network is as it was then.
+        ConfigurationError: an argument outside its range; fewer than two layers; labels missing; a metric that is
+            negative or no number; a target that 16 bits miss; no second derivatives. The network is as it was then.
 
     Logs nothing; :meth:`report` holds bits, traces with standard errors, interactions, orders and every evaluation.
 
