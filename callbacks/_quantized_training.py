@@ -135,7 +135,7 @@ class QuantizedTrainingCallback(MethodCallback):
         chosen = self._chosen(pl_module)
         for other in trainer.callbacks:
             if getattr(other, "quantises", False) and other is not self and other.__dict__.get("_kept"):
-                twice = other.weights.keys() & {weight.name for weight in chosen}
+                twice = sorted(other.weights.keys() & {weight.name for weight in chosen})
                 check(not twice, "targets", self.targets, f"layers of its own: another callback quantises {twice}")
         for weight in chosen:
             half = weight.data.dtype in (torch.float16, torch.bfloat16)
