@@ -31,6 +31,7 @@ class CalibratedCallback(MethodCallback):
     when: str
     calibration_batches: int
     done = False
+    _ending = False
 
     def check_calibration(self, when: str, calibration_batches: int) -> None:
         """Check and store the two shared arguments."""
@@ -49,12 +50,22 @@ class CalibratedCallback(MethodCallback):
             self.done = False
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.when == "end":
-            # the module's hook runs after all callbacks', so after WeightAveraging or SWA put their average in
-            self.keep(wrap(pl_module, "on_train_end", lambda call_next: self._after_training(call_next, trainer)))
+            self._ending = False
+            # after all callbacks and the module's own hook: averages are put in, masks applied, checkpoints written
+            self.keep(wrap(trainer.strategy, "on_train_end", lambda *args: self._then_act(trainer, pl_module, *args)))
 
-    def _after_training(self, call_next: Callable, trainer: Any) -> None:
-        call_next()
-        self._act(trainer, trainer.lightning_module, train=True)
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        # lr_find ends its own training behind the callbacks' back: the network must stay as it is then
+        self._ending = True
+
+    def _then_act(self, trainer: Any, pl_module: Any, call_next: Callable, *args: Any) -> None:
+        call_next(*args)
+        if self._ending:
+            self._act(trainer, pl_module, train=True)
+            self._after_acting(trainer, pl_module)
+
+    def _after_acting(self, trainer: Any, pl_module: Any) -> None:
+        """At the end of a fit, once the network is changed."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self.when == "start" and not self.done:

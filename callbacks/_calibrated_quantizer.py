@@ -34,7 +34,6 @@ class CalibratedQuantizer(CalibratedCallback):
         self.weights: dict[str, Weight] = {}
         self.seconds = 0.0
         self.finished: Finished | None = None
-        self._ending = False
         self._probe: ForwardProbe | None = None
 
     def _records(self, trainer: Any, pl_module: Any, batches: list[Any]) -> dict[str, QuantizedWeight]:
@@ -53,9 +52,6 @@ class CalibratedQuantizer(CalibratedCallback):
                 thaw(pl_module)
             if not quantized_weights(pl_module):  # else a checkpoint may bring the float weights
                 self.keep(when_built(pl_module, lambda: self._select(trainer, pl_module)))
-        if stage == "fit":
-            # after all callbacks and the module's own hook: averages are put in, masks applied, checkpoints written
-            self.keep(wrap(trainer.strategy, "on_train_end", lambda *args: self._then_act(trainer, pl_module, *args)))
 
     def _select(self, trainer: Any, pl_module: Any) -> None:
         weights = {weight.name: weight for weight in select_weights(pl_module, self.targets, self.exclude)}
@@ -64,18 +60,6 @@ class CalibratedQuantizer(CalibratedCallback):
                 twice = sorted(weights.keys() & other.weights.keys())
                 check(not twice, "targets", self.targets, f"layers of its own: another callback quantises {twice}")
         self.weights = weights
-
-    def _after_training(self, call_next: Callable, trainer: Any) -> None:
-        call_next()  # not yet: see _then_act
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        # lr_find ends its own training behind the callbacks' back: the network must stay as it is then
-        self._ending = True
-
-    def _then_act(self, trainer: Any, pl_module: Any, call_next: Callable, *args: Any) -> None:
-        call_next(*args)
-        if self._ending:
-            self._act(trainer, pl_module, train=True)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._probe is None:

@@ -13,6 +13,7 @@ from effdl.core.export import product
 from effdl.core.input_statistics import in_features
 from effdl.core.masks import MaskStore
 from effdl.core.paper import Paper
+from effdl.core.revalidate import validate_again
 from effdl.core.select import Targets, check_targets
 from effdl.core.surgery import when_built
 
@@ -147,10 +148,12 @@ class DSnoTCallback(CalibratedCallback, MaskedCallback):
         self._set_masks(trainer, self.result.masks)
         self._unlogged[f"{self.slug}/swaps"] = float(sum(row["swaps"] for row in self.result.layers.values()))
 
-    def _after_training(self, call_next: Any, trainer: Any) -> None:
-        super()._after_training(call_next, trainer)
+    def _after_acting(self, trainer: Any, pl_module: Any) -> None:
         self._log_now(trainer)
-        self._validate_again(trainer)
+        # the run's last metrics are to be those of the network it leaves; an averaging callback's network is its own
+        averaged = any(cls.__name__ == "WeightAveraging" for c in trainer.callbacks for cls in type(c).__mro__)
+        if not averaged and not trainer.fast_dev_run:
+            validate_again(trainer)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_validation_start(trainer, pl_module)
@@ -162,15 +165,6 @@ class DSnoTCallback(CalibratedCallback, MaskedCallback):
         for logger in trainer.loggers if self._unlogged else []:
             logger.log_metrics(self._unlogged, step=trainer.global_step)
         self._unlogged = {}
-
-    def _validate_again(self, trainer: Any) -> None:
-        """The run's last metrics are to be those of the network it leaves."""
-        # an averaging callback would put its dense average in for this
-        averaged = any(cls.__name__ == "WeightAveraging" for c in trainer.callbacks for cls in type(c).__mro__)
-        if trainer.enable_validation and not averaged and not trainer.fast_dev_run:
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
 
     # ---- state and report --------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from effdl.core.distill import Reduction, Teacher
 from effdl.core.errors import check, check_choice
 from effdl.core.paper import Paper
 from effdl.core.quantizers import QuantizedWeight
+from effdl.core.random import preserved_rng
 from effdl.core.reweight import reweight_everywhere
 from effdl.core.select import Targets, Weight, as_list, matches
 from effdl.core.steps import Handle, after_optimizer_step
@@ -154,8 +155,11 @@ class QuantizedDistillationCallback(QuantizedTrainingCallback):
     @classmethod
     def contract_example(cls) -> ContractExample:
         """For the contract suite."""
-        torch.manual_seed(5)
-        teacher = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+        with preserved_rng():
+            torch.manual_seed(5)
+            teacher = nn.Sequential(
+                nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+            )
         return ContractExample(
             kwargs={"teacher": teacher, "bucket_size": 32},
             bad={

@@ -86,7 +86,7 @@ def relus_before(model: nn.Module, names: list[str]) -> Iterator[tuple[str, str]
     """
     try:
         graph = torch.fx.Tracer().trace(model)
-    except Exception:
+    except Exception:  # a forward of the user's that no tracer follows may raise anything; it is not run here
         yield from _in_sequentials(model, set(names))
         return
     modules = dict(model.named_modules())

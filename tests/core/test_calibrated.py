@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from effdl.callbacks._calibrated import CalibratedCallback
@@ -32,6 +33,7 @@ class SetsToMean(CalibratedCallback):
 
 class Validating(Net):
     seen = ()
+    lr = 0.1
 
     def validation_step(self, batch, batch_idx):
         self.seen = (*self.seen, float(self.net.weight[0, 0]))
@@ -72,6 +74,16 @@ def test_at_the_start_once_also_across_a_resume(tmp_path):
     resumed.fit_loop.max_epochs = 2
     resumed.fit(Validating(), loader(5.0), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert again.calls == []
+
+
+def test_lr_find_leaves_the_network_alone():
+    callback, module = SetsToMean(), Validating()
+    before = module.net.weight.detach().clone()
+    Tuner(trainer(callback, enable_checkpointing=True)).lr_find(
+        module, loader(5.0, 40), attr_name="lr", num_training=5, update_attr=False
+    )
+    assert callback.calls == []
+    assert torch.equal(module.net.weight, before)
 
 
 def test_alone_under_validate_before_the_first_batch():
