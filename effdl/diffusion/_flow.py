@@ -13,21 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from effdl.core import solvers
 from effdl.core.errors import check, check_choice, check_integer, check_number
+from effdl.core.noise import expand
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Condition = Tensor | dict[str, Tensor] | None
 REDUCTIONS = ("mean", "half_sum")
 TIMES = ("uniform", "t0", "t1")
-
-
-def expand(t: Tensor, like: Tensor) -> Tensor:
-    """``t`` of shape ``[B]``, seen as ``[B, 1, ..., 1]`` beside ``like``."""
-    return t.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -165,16 +161,12 @@ def rk45(
         x1 = rk45(net, x0)
         torch.testing.assert_close(rk45(net, x1, reverse=True), x0, atol=1e-3, rtol=0)
     """
-    from scipy.integrate import solve_ivp
 
-    def slope(time: float, state: np.ndarray) -> np.ndarray:
-        now = torch.from_numpy(state).to(x).reshape(x.shape)
-        return velocity(now, now.new_full((len(x),), time)).double().flatten().cpu().numpy()
+    def slope(time: float, state: Tensor) -> Tensor:
+        return velocity(state, state.new_full((len(state),), time))
 
-    span = (1.0, eps) if reverse else (eps, 1.0)
-    start = x.double().flatten().cpu().numpy()
-    solution = solve_ivp(slope, span, start, method="RK45", rtol=tolerance, atol=tolerance)
-    return torch.from_numpy(solution.y[:, -1]).to(x).reshape(x.shape)
+    start, end = (1.0, eps) if reverse else (eps, 1.0)
+    return solvers.rk45(slope, x, start, end, tolerance)
 
 
 @torch.no_grad()

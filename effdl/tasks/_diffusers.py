@@ -150,17 +150,3 @@ def save(surroundings: Surroundings, network: nn.Module, scheduler: Any, folder:
         scheduler.save_pretrained(str(Path(folder) / "scheduler"))
     else:
         raise ConfigurationError(f"a {type(network).__name__} has no save_pretrained: save its state_dict.")
-
-
-@torch.no_grad()
-def draw(
-    predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, scheduler: Any, steps: int, generator: torch.Generator
-) -> Tensor:
-    """The sampling loop of a diffusers scheduler: from unit noise ``x`` (B, ...) by way of ``predict(x_t, t)``."""
-    scheduler.set_timesteps(steps, device=x.device)
-    x = x * scheduler.init_noise_sigma
-    random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for t in scheduler.timesteps:
-        out = predict(scheduler.scale_model_input(x, t), t.expand(len(x)))
-        x = scheduler.step(out, t, x, **random).prev_sample
-    return x

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from effdl.core.batch import unpack
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
-from effdl.tasks._diffusers import draw, put_together, save, take_apart
+from effdl.core.noise import add_noise, alpha_sigma, prediction_of
+from effdl.core.solvers import sample_loop
+from effdl.tasks._diffusers import put_together, save, take_apart
 from effdl.tasks._optimizers import optimizer_and_scheduler
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -54,10 +56,8 @@ def diffuse(
 
         noisy, target = diffuse(images, torch.randn_like(images), t, DDPMScheduler().alphas_cumprod, "epsilon")
     """
-    alpha_bar = alphas_cumprod.to(x0.device)[timesteps].to(x0.dtype).view(-1, *[1] * (x0.dim() - 1))
-    a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    targets = {"epsilon": noise, "sample": x0, "v_prediction": a * noise - s * x0}
-    return a * x0 + s * noise, targets[prediction]
+    a, s = (value.to(x0.dtype) for value in alpha_sigma(alphas_cumprod, timesteps, x0))
+    return add_noise(x0, noise, a, s), prediction_of(x0, noise, a, s, prediction)
 
 
 class DiffusionModule(LightningModule):
@@ -272,7 +272,7 @@ class DiffusionModule(LightningModule):
         flags = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            return self.surroundings.decode_images(draw(predict, noise, scheduler, steps, generator))
+            return self.surroundings.decode_images(sample_loop(predict, noise, scheduler, steps, generator))
         finally:
             for module, flag in flags.items():
                 module.training = flag
