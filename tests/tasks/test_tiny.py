@@ -27,6 +27,8 @@ MODELS = {
     "tiny_sd3_transformer": "SD3Transformer2DModel",
     "tiny_vae": "AutoencoderKL",
     "tiny_clip_text_model": "CLIPTextModel",
+    "tiny_clip_text_model_with_projection": "CLIPTextModelWithProjection",
+    "tiny_t5_encoder": "T5EncoderModel",
     "tiny_gpt2": "GPT2LMHeadModel",
     "tiny_llama": "LlamaForCausalLM",
 }
@@ -74,19 +76,48 @@ def test_ddpm_pipeline_opens_from_its_folder_and_draws_the_same(tmp_path):
     assert abs(ours - theirs).max() < 1e-5
 
 
-def test_stable_diffusion_opens_from_its_folder_and_draws_the_same(tmp_path):
-    from diffusers import StableDiffusionPipeline
+PIPELINES = {
+    "tiny_stable_diffusion": "StableDiffusionPipeline",
+    "tiny_stable_diffusion_2": "StableDiffusionPipeline",
+    "tiny_stable_diffusion_xl": "StableDiffusionXLPipeline",
+    "tiny_stable_diffusion_3": "StableDiffusion3Pipeline",
+    "tiny_stable_diffusion_3 without t5": "StableDiffusion3Pipeline",
+}
 
-    pipeline = quiet(tiny.tiny_stable_diffusion())
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_pipelines_open_from_their_folder_and_draw_the_same(kind, tmp_path):
+    import diffusers
+
+    maker, _, without = kind.partition(" ")
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if without else {}
+    pipeline = quiet(getattr(tiny, maker)(**({"t5": False} if without else {})))
     pipeline.save_pretrained(tmp_path)
     for part in ("model_index.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"):
         assert (tmp_path / part).exists()
-    opened = quiet(StableDiffusionPipeline.from_pretrained(tmp_path))
+    assert (tmp_path / "text_encoder_3").exists() == (kind == "tiny_stable_diffusion_3")
+    opened = quiet(getattr(diffusers, PIPELINES[kind]).from_pretrained(tmp_path, **absent))
     kwargs = {"num_inference_steps": 2, "output_type": "pt"}
     ours, theirs = (p("a cat", generator=generator(), **kwargs).images for p in (pipeline, opened))
     assert ours.shape == (1, 3, 32, 32)
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, pipeline("a dog", generator=generator(), **kwargs).images, atol=1e-5)
+
+
+def test_pipelines_take_longer_prompts():
+    for maker in (tiny.tiny_stable_diffusion, tiny.tiny_stable_diffusion_xl, tiny.tiny_stable_diffusion_3):
+        pipeline = maker(text_length=32)
+        ids = pipeline.tokenizer("a photo of the digit three", padding="max_length", return_tensors="pt").input_ids
+        assert pipeline.text_encoder(ids).last_hidden_state.shape == (1, 32, 32)
+        assert pipeline.tokenizer.decode(ids[0], skip_special_tokens=True) == "a photo of the digit three"
+
+
+def test_t5_tokenizer_writes_ascii_and_ends_with_its_end():
+    tokenizer = tiny.tiny_t5_tokenizer()
+    ids = tokenizer("A cat, no. 3!").input_ids
+    assert ids[-1] == tokenizer.eos_token_id == 1
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "A cat, no. 3!"
+    assert len(tokenizer) <= tiny.tiny_t5_encoder().config.vocab_size
 
 
 def test_tokenizer_writes_any_text_and_marks_start_and_end():
