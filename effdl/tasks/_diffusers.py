@@ -78,6 +78,11 @@ class Surroundings:
         return self.tokenizer(prompts, return_tensors="pt", **full).input_ids
 
 
+def class_tokens(labels: Tensor, width: int) -> Tensor:
+    """One-hot tokens (B, 1, width) of classes (B,), for cross-attention; zero for a label outside: the null class."""
+    return (labels[:, None] == torch.arange(width, device=labels.device)).float()[:, None]
+
+
 def _shift(vae: Any) -> float:
     return vae.config.get("shift_factor") or 0.0
 

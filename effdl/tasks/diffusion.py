@@ -19,7 +19,7 @@ from effdl.core.batch import unpack
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
 from effdl.core.noise import add_noise, alpha_sigma, prediction_of
 from effdl.core.solvers import sample_loop
-from effdl.tasks._diffusers import put_together, save, take_apart
+from effdl.tasks._diffusers import class_tokens, put_together, save, take_apart
 from effdl.tasks._optimizers import optimizer_and_scheduler
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -29,13 +29,15 @@ PROMPT_KEYS = ("prompt", "caption", "text")
 class Denoising(NamedTuple):
     """What a training step computes before its loss: the ``outputs`` of ``compute_loss``.
 
-    ``prediction`` and ``target`` (B, C, H, W), ``noisy`` the network's input x_t, ``timesteps`` (B,) int.
+    ``prediction`` and ``target`` (B, C, H, W), ``noisy`` the network's input x_t, ``timesteps`` (B,) int, ``condition``
+    its keyword arguments.
     """
 
     prediction: Tensor
     target: Tensor
     noisy: Tensor
     timesteps: Tensor
+    condition: dict[str, Any] = {}
 
 
 def diffuse(
@@ -79,7 +81,7 @@ class DiffusionModule(LightningModule):
 
     Batches are dicts (or tuples ``(x, y)``) with ``image`` (B, C, H, W) float in [-1, 1]; for a class-conditional
     network ``label`` (B,) int; for a text-conditional one ``input_ids`` (B, L), ``prompt`` (list of strings) or
-    ``encoder_hidden_states`` (B, L, D).
+    ``encoder_hidden_states`` (B, L, D); where there is no text encoder, ``label`` makes a one-hot token (B, 1, D).
 
     Raises:
         ConfigurationError: a model or a scheduler that does not fit, a batch without the network's condition.
@@ -151,8 +153,9 @@ class DiffusionModule(LightningModule):
         # moved once and kept, as diffusers' own schedulers do
         self.noise_scheduler.alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(x0.device)
         noisy, target = diffuse(x0, noise, timesteps, self.noise_scheduler.alphas_cumprod, self.prediction)
-        prediction = self(noisy.to(images.dtype), timesteps, **self.condition(batch))
-        return Denoising(prediction, target, noisy, timesteps)
+        condition = self.condition(batch)
+        prediction = self(noisy.to(images.dtype), timesteps, **condition)
+        return Denoising(prediction, target, noisy, timesteps, condition)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._step(batch, "train", [self.seed, 0, batch_idx, self.global_rank, self.current_epoch])
@@ -190,14 +193,17 @@ class DiffusionModule(LightningModule):
             condition["encoder_hidden_states"] = self._text(batch)
         return condition
 
-    def _text(self, batch: Any) -> Tensor:
-        batch = batch if isinstance(batch, Mapping) else {}
+    def _text(self, given: Any) -> Tensor:
+        batch = given if isinstance(given, Mapping) else {}
         if "encoder_hidden_states" in batch:
             return batch["encoder_hidden_states"]
         prompts = next((batch[key] for key in PROMPT_KEYS if key in batch), None)
         if "input_ids" in batch or prompts is not None:
             ids = batch["input_ids"] if "input_ids" in batch else self.surroundings.tokens(list(prompts))
             return self.surroundings.encode_tokens(ids.to(self.device))
+        if self.surroundings.text_encoder is None and (labels := unpack(given).labels) is not None:
+            width = self.model.config.get("encoder_hid_dim") or self.model.config.cross_attention_dim
+            return class_tokens(labels, width).to(self.dtype)
         wanted = "'prompt', 'input_ids' or 'encoder_hidden_states'"
         raise ConfigurationError(f"the network wants text: {wanted} in the batch, which has {sorted(batch)}.")
 
@@ -238,8 +244,9 @@ class DiffusionModule(LightningModule):
         if prompts is not None:
             batch["prompt"] = [prompts] * count if isinstance(prompts, str) else list(prompts)
         condition = self.condition(batch)
-        check(labels is None or "class_labels" in condition, "labels", labels, "None: this network knows no classes")
         takes_text = "encoder_hidden_states" in condition
+        takes_labels = "class_labels" in condition or (takes_text and prompts is None)
+        check(labels is None or takes_labels, "labels", labels, "None: this network knows no classes")
         check(prompts is None or takes_text, "prompts", prompts, "None: this network knows no text")
         check(guidance == 1 or prompts is not None, "guidance", guidance, "1 without prompts")
         count = len(next(iter(condition.values()), range(count)))
