@@ -11,6 +11,7 @@ from effdl.callbacks._quantized_report import Finished, plain_copy, quantization
 from effdl.callbacks._quantized_training import install, thaw
 from effdl.core.errors import ConfigurationError, check
 from effdl.core.export import product
+from effdl.core.input_quantizers import QuantizedInput
 from effdl.core.quantized import quantized_weights
 from effdl.core.quantizers import QuantizedWeight
 from effdl.core.report import ForwardProbe
@@ -39,6 +40,10 @@ class CalibratedQuantizer(CalibratedCallback):
     def _records(self, trainer: Any, pl_module: Any, batches: list[Any]) -> dict[str, QuantizedWeight]:
         """A record for each of ``self.weights``; the network is as it was when this returns."""
         raise NotImplementedError
+
+    def _inputs(self) -> dict[str, QuantizedInput]:
+        """Fixed ranges of inputs, by layer name in the LightningModule; asked for after :meth:`_records`."""
+        return {}
 
     # ---- attaching -------------------------------------------------------------------------------------------
 
@@ -80,7 +85,7 @@ class CalibratedQuantizer(CalibratedCallback):
         records = self._records(trainer, pl_module, batches)
         self.seconds = time.perf_counter() - began
         self.finished = Finished.of(trainer, pl_module, self._probe, plain_copy(product(pl_module)), "float")
-        install(pl_module, records)
+        install(pl_module, records, self._inputs())
 
     # ---- report ----------------------------------------------------------------------------------------------
 

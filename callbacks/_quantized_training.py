@@ -17,6 +17,7 @@ from effdl.core.checkpoint import State, fold_checkpoints
 from effdl.core.distill import FORMS, Reduction, Teacher, network_inputs, resolve_teacher, teacher_logits
 from effdl.core.errors import ConfigurationError, check, check_choice, check_number
 from effdl.core.export import product
+from effdl.core.input_quantizers import QuantizedInput
 from effdl.core.quantized import dequantize_, quantize_, quantized_weights
 from effdl.core.quantizers import QuantizedWeight, check_finite, pack
 from effdl.core.report import ForwardProbe
@@ -282,13 +283,21 @@ def check_submodule(pl_module: nn.Module, name: str) -> None:
     check(known, "network", name, f"the name of a submodule of {type(pl_module).__name__}")
 
 
-def install(pl_module: nn.Module, records: dict[str, QuantizedWeight]) -> None:
-    """Codes in the place of weights, by their names in the LightningModule; described as of its network."""
+def install(
+    pl_module: nn.Module, records: dict[str, QuantizedWeight], inputs: dict[str, QuantizedInput] | None = None
+) -> None:
+    """Codes in the place of weights, by their names in the LightningModule; described as of its network.
+
+    ``inputs`` are ranges of its layers' inputs, where these are quantised too.
+    """
     network = product(pl_module)
     prefix = next(f"{name}." if name else "" for name, module in pl_module.named_modules() if module is network)
-    inside = {name[len(prefix) :]: record for name, record in records.items() if name.startswith(prefix)}
-    quantize_(network, inside)
-    quantize_(pl_module, {name: record for name, record in records.items() if not name.startswith(prefix)})
+
+    def part(named: dict[str, Any], inside: bool) -> dict[str, Any]:
+        return {n[len(prefix) * inside :]: r for n, r in named.items() if n.startswith(prefix) == inside}
+
+    for owner, inside in ((network, True), (pl_module, False)):
+        quantize_(owner, part(records, inside), part(inputs or {}, inside))
 
 
 def thaw(pl_module: nn.Module) -> bool:

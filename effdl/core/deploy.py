@@ -5,8 +5,9 @@ backend        layers and records                 computes
 ============== ================================== =======================================================
 "lut"          all                                decodes on every call: small, exact, not faster
 "dense"        all                                decodes once: float speed and float size
-"torch-int8"   Linear, Conv2d; uniform, no        8-bit activations times codes, summed in int32
-               offset, "row" or "tensor"          (``torch.ops.quantized``); convolutions need ``activations``
+"torch-int8"   Linear, Conv2d; uniform, no        8-bit activations times codes, summed in int32; layers whose input
+               offset, "row" or "tensor"          is quantised in that range (:mod:`effdl.core.static_int8`), others
+                                                  by ``torch.ops.quantized``: convolutions need ``activations``
 "torch-int4"   Linear; uniform, 4 bits, groups of bfloat16 activations times 4-bit codes
                32, 64, 128 or 256 inputs          (``aten._weight_int4pack_mm``)
 "torchao"      Linear; uniform, no offset,        float or 8-bit activations times int8 codes
@@ -36,8 +37,10 @@ from torch import Tensor, nn
 
 from effdl.core.capture import evaluating
 from effdl.core.errors import ConfigurationError, check_choice, require
+from effdl.core.input_quantizers import input_of
 from effdl.core.quantized import dequantize_, is_quantized, quantized_weights, record_of
 from effdl.core.quantizers import HALF, QuantizedWeight
+from effdl.core.static_int8 import static_int8
 
 BACKENDS = ("lut", "dense", "torch-int8", "torch-int4", "torchao")
 INT4_GROUPS = (32, 64, 128, 256)
@@ -70,7 +73,7 @@ def deploy(
         exclude: names (globs) of quantised layers that keep decoding their weights.
         activations: of "torch-int8", layers whose activations have a fixed range, as :func:`observe` measures it. A
             convolution must have one (torch's ``conv2d_dynamic`` was tried and computes wrong sums); a linear layer
-            without one measures its input on every call.
+            without one measures its input on every call. A layer that quantises its input has its range already.
 
     Raises:
         UnsupportedBackendError: a layer does not fit the backend.
@@ -82,7 +85,7 @@ def deploy(
     patterns = [exclude] if isinstance(exclude, str) else list(exclude or ())
     result = copy.deepcopy(model).eval().requires_grad_(False)
     if backend == "dense":
-        return dequantize_(result)
+        return dequantize_(result)  # inputs are taken as they come
     if backend == "lut":
         return result
     chosen = {
@@ -115,12 +118,14 @@ def _fitting(name: str, layer: nn.Module, backend: str, kinds: tuple[type, ...])
             f"{name} ({base}): {backend} runs {allowed} only. exclude={name!r} keeps it decoding, or use 'lut'."
         )
     stock = next(kind for kind in kinds if isinstance(layer, kind))
-    if getattr(type(layer), "forward", None) is not stock.forward:
+    if type(layer)._effdl_base.forward is not stock.forward:
         raise UnsupportedBackendError(f"{name}: its class has a forward of its own, which {backend} would not run.")
     record = record_of(layer)
     if not record.uniform:
         points = "a codebook" if record.codebook is not None else "a power exponent"
         raise UnsupportedBackendError(f"{name}: its levels are {points}; {backend} needs uniform ones. Use 'lut'.")
+    if backend != "torch-int8" and input_of(layer) is not None:
+        raise UnsupportedBackendError(f"{name}: {backend} has no fixed input range, which this layer has.")
     return record
 
 
@@ -210,19 +215,27 @@ def _has_vnni() -> bool:
     return any(ask is not None and ask() for ask in asks)
 
 
-def _int8(name: str, layer: nn.Module, activations: Range | None) -> Int8Layer:
+def _int8(name: str, layer: nn.Module, activations: Range | None) -> nn.Module:
     record = _fitting(name, layer, "torch-int8", (nn.Linear, nn.Conv2d))
-    scale = _symmetric(name, record, "torch-int8").double()
-    zeros = torch.zeros(record.shape[0], dtype=torch.long)
-    weight = torch._make_per_channel_quantized_tensor(record.codes.contiguous(), scale, zeros, 0)
+    scale = _symmetric(name, record, "torch-int8")
     bias = None if layer.bias is None else layer.bias.detach().float()
-    if isinstance(layer, nn.Linear):
+    geometry = None
+    if isinstance(layer, nn.Conv2d):
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            pads = layer.padding_mode
+            raise UnsupportedBackendError(f"{name}: torch-int8 pads with zeros, by numbers; not {pads!r}.")
+        geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+    fixed = input_of(layer)
+    if fixed is not None:
+        if fixed.channels and getattr(layer, "groups", 1) != 1:
+            raise UnsupportedBackendError(f"{name}: torch-int8 does not cut the input of a grouped convolution.")
+        return static_int8(record.codes, scale, bias, fixed if _has_vnni() else fixed.reduced(7), geometry)
+    zeros = torch.zeros(record.shape[0], dtype=torch.long)
+    weight = torch._make_per_channel_quantized_tensor(record.codes.contiguous(), scale.double(), zeros, 0)
+    if geometry is None:
         return Int8Layer(torch.ops.quantized.linear_prepack(weight, bias), "linear", activations)
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise UnsupportedBackendError(f"{name}: torch-int8 pads with zeros, by numbers; not {layer.padding_mode!r}.")
     if activations is None:
         raise UnsupportedBackendError(f"{name}: torch-int8 convolutions need activations=observe(model, batches).")
-    geometry = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
     return Int8Layer(torch.ops.quantized.conv2d_prepack(weight, bias, *geometry), "conv2d", activations)
 
 

@@ -133,6 +133,8 @@ def save_model(module: nn.Module, folder: Path, preprocessing: Mapping[str, Any]
     if description := describe(model):
         save_safetensors(model, folder / WEIGHTS)
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), "utf-8")
+        if hasattr(model, "save_config"):  # of diffusers: from_config makes the architecture to load into
+            model.save_config(str(folder))
         return "quantized"
     owner = next((part for part in (module, model) if hasattr(part, "save_pretrained")), None)
     if owner is not None and _reopens_the_same(model):

@@ -2,7 +2,8 @@
 
 A quantised layer stays what it was (an ``nn.Linear``, a convolution, an embedding, a recurrent layer): its class is
 swapped for a subclass that decodes ``weight`` from buffers when it is read, and the float parameter is gone. It moves,
-copies, exports and compiles as before; for speed see :mod:`effdl.core.deploy`.
+copies, exports and compiles as before; for speed see :mod:`effdl.core.deploy`. A linear layer or a convolution with
+codes may quantise its input too (:mod:`effdl.core.input_quantizers`).
 
 Example::
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from effdl.core.errors import ConfigurationError
+from effdl.core.input_quantizers import QuantizedInput, check_input, input_of, install_input, remove_input
 from effdl.core.quantizers import QuantizedWeight, decode, pack, unpack
 
 DESCRIPTION = "quantization.json"
@@ -38,23 +40,36 @@ class Spec(NamedTuple):
     """The weight (by name) whose codes this one shares; they are stored there alone."""
 
 
-def quantize_(model: nn.Module, records: dict[str, QuantizedWeight]) -> None:
+def quantize_(
+    model: nn.Module, records: dict[str, QuantizedWeight], inputs: dict[str, QuantizedInput] | None = None
+) -> None:
     """Put codes in the place of float weights, in place; a tied weight under all its names.
 
     Args:
         model: any module.
         records: by the name of the parameter in ``model.named_parameters()``, e.g. ``"layer1.0.conv1.weight"``.
+        inputs: fixed ranges of inputs, by the name of a layer that holds codes then, e.g. ``"layer1.0.conv1"``.
 
     Raises:
-        ConfigurationError: no such parameter, or codes of another shape; before anything is changed.
+        ConfigurationError: no such parameter or layer, or codes of another shape; before anything is changed.
     """
     places = {name: _places(model, name, record) for name, record in records.items()}
+    holders = {owner for (owner, _), *_ in places.values()}
+    layers = {name: _holder(model, name, record, holders) for name, record in (inputs or {}).items()}
     for name, record in records.items():
         (owner, attribute), *others = places[name]
         buffers = _install(owner, attribute, Spec(record.bits, record.layout, tuple(record.shape)), _buffers(record))
         for module, other in others:
             spec = Spec(record.bits, record.layout, tuple(record.shape), tied_to=name)
             _install(module, other, spec, buffers)
+    for name, layer in layers.items():
+        install_input(layer, inputs[name])
+
+
+def quantized_inputs(model: nn.Module) -> dict[str, QuantizedInput]:
+    """The records of a model's quantised inputs, by the name of the layer."""
+    found = {name: input_of(module) for name, module in model.named_modules()}
+    return {name: record for name, record in found.items() if record is not None}
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
@@ -77,7 +92,8 @@ def record_of(module: nn.Module, attribute: str = "weight") -> QuantizedWeight:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Decode once: stock layers with float weights again (fast, as large as before). In place; returns the model."""
+    """Decode once: stock layers with float weights again (fast, as large as before), whose inputs are not quantised.
+    In place; returns the model."""
     shared: dict[str, nn.Parameter] = {}
     for name, module, attribute, spec in list(_walk(model)):
         if spec.tied_to is None:
@@ -93,7 +109,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     for name, module, attribute, spec in _walk(model):
         tables = [t for t in _TABLES if getattr(module, f"{attribute}_{t}", None) is not None]
         weights[name] = {**spec._asdict(), "tables": tables}
-    return {"format": 1, "weights": weights} if weights else {}
+    inputs = {n: {"bits": r.bits, "channels": list(r.channels)} for n, r in quantized_inputs(model).items()}
+    told = {"format": 1, "weights": weights} if weights else {}
+    return {**told, "inputs": inputs} if inputs else told
 
 
 def load_quantized(model: nn.Module, folder: Path | str) -> nn.Module:
@@ -113,9 +131,11 @@ def load_quantized(model: nn.Module, folder: Path | str) -> nn.Module:
     folder = Path(folder)
     if not (folder / DESCRIPTION).is_file():
         raise ConfigurationError(f"{folder} holds no {DESCRIPTION}: it is not a quantised model.")
-    weights = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["weights"]
+    told = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     state = load_file(folder / WEIGHTS)
-    quantize_(model, {n: _stored(n, entry, state) for n, entry in weights.items() if entry["tied_to"] is None})
+    own = {n: entry for n, entry in told["weights"].items() if entry["tied_to"] is None}
+    inputs = {n: _stored_input(n, entry, state) for n, entry in told.get("inputs", {}).items()}
+    quantize_(model, {n: _stored(n, entry, state) for n, entry in own.items()}, inputs)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise ConfigurationError(f"{folder} is of another architecture: {[*missing, *unexpected][:5]} do not fit.")
@@ -129,6 +149,14 @@ def _stored(name: str, entry: dict[str, Any], state: dict[str, Tensor]) -> Quant
     except KeyError as error:
         raise ConfigurationError(f"the file lacks {error.args[0]!r}, which {DESCRIPTION} promises") from error
     return QuantizedWeight(codes, entry["bits"], layout=entry["layout"], **tables)
+
+
+def _stored_input(name: str, entry: dict[str, Any], state: dict[str, Tensor]) -> QuantizedInput:
+    try:
+        tables = [state[f"{name}.{key}" if name else key] for key in ("input_scale", "input_zero_point")]
+    except KeyError as error:
+        raise ConfigurationError(f"the file lacks {error.args[0]!r}, which {DESCRIPTION} promises") from error
+    return QuantizedInput(*tables, entry["bits"], tuple(entry["channels"]))
 
 
 # ---- one attribute -----------------------------------------------------------------------------------------------
@@ -146,6 +174,18 @@ def _places(model: nn.Module, name: str, record: QuantizedWeight) -> list[tuple[
         raise ConfigurationError(f"{name} has shape {shape}, its codes {tuple(record.shape)}.")
     others = [(m, key) for m in model.modules() for key, p in m._parameters.items() if p is parameter]
     return [(owner, attribute), *[place for place in others if place != (owner, attribute)]]
+
+
+def _holder(model: nn.Module, name: str, record: QuantizedInput, holders: set[nn.Module]) -> nn.Module:
+    """The layer of this name, whose input may be quantised: it holds codes, or will."""
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise ConfigurationError(f"{name!r} is no layer of {type(model).__name__}.") from None
+    check_input(name, layer, record)
+    if layer not in holders and "_effdl_quantized" not in layer.__dict__:
+        raise ConfigurationError(f"{name}: its input cannot be quantised, its weight is float. Give it codes as well.")
+    return layer
 
 
 def _buffers(record: QuantizedWeight) -> dict[str, Tensor]:
@@ -179,6 +219,7 @@ def _uninstall(module: nn.Module, attribute: str, parameter: nn.Parameter) -> No
     module._parameters[attribute] = parameter
     if not module.__dict__["_effdl_quantized"]:
         del module.__dict__["_effdl_quantized"]
+        remove_input(module)
         module.__class__ = type(module)._effdl_base
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [module._parameters[n] for n in module._flat_weights_names]
