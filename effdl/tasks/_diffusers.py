@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Surroundings:
         self.vae = self._frozen("vae")
         self.text_encoder = self._frozen("text_encoder")
         self.tokenizer = getattr(pipeline, "tokenizer", None)
+        self._empty: dict[str, Tensor] = {}
 
     def _frozen(self, name: str) -> Frozen | None:
         module = getattr(self.pipeline, name, None)
@@ -43,24 +45,89 @@ class Surroundings:
     def __deepcopy__(self, memo: dict[int, Any]) -> Surroundings:
         return self
 
-    @torch.no_grad()
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents of unit scale, in fp32 (half precision overflows some VAEs); without a VAE the images themselves."""
-        if self.vae is None:
-            return images.float()
-        vae = self.vae.on(images)
-        with torch.autocast(images.device.type, enabled=False):
-            latents = vae.encode(images.to(vae.dtype)).latent_dist.sample(generator)
-        return (latents.float() - _shift(vae)) * vae.config.scaling_factor
+    @property
+    def role(self) -> str:
+        """What the pipeline calls the network: ``"unet"`` or ``"transformer"``; ``""`` without a pipeline."""
+        return "" if self.pipeline is None else _network_name(self.pipeline)
+
+    @property
+    def text_encoders(self) -> dict[str, Frozen]:
+        """All of them, by the pipeline's names."""
+        parts = {} if self.pipeline is None else self.pipeline.components
+        return {
+            name: Frozen(part) for name, part in parts.items() if name.startswith("text_encoder") and part is not None
+        }
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 1 if self.vae is None else getattr(self.pipeline, "vae_scale_factor", 1)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the VAE and the text encoders; whoever needs one later moves it back."""
+        for part in (*self.text_encoders.values(), *([self.vae] if self.vae else [])):
+            part.on(device)
 
     @torch.no_grad()
+    def image_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents' posterior, unscaled, in the dtype of the VAE."""
+        vae = self.vae.on(images)
+        # half precision overflows some VAEs
+        with torch.autocast(images.device.type, enabled=False):
+            posterior = vae.encode(images.to(vae.dtype)).latent_dist
+        return posterior.mean, posterior.std
+
+    def draw_latents(self, mean: Tensor, std: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A sample of the posterior at unit scale, in fp32."""
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        vae = self.vae.module
+        return ((mean + std * noise).float() - _shift(vae)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents of unit scale, in fp32; without a VAE the images themselves."""
+        if self.vae is None:
+            return images.float()
+        return self.draw_latents(*self.image_moments(images), generator)
+
     def decode_images(self, latents: Tensor) -> Tensor:
-        """The inverse of :meth:`encode_images`."""
+        """The inverse of :meth:`encode_images`; differentiable."""
         if self.vae is None:
             return latents.float()
         vae = self.vae.on(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            return vae.decode((latents / vae.config.scaling_factor + _shift(vae)).to(vae.dtype)).sample.float()
+            return vae.decode((latents.float() / vae.config.scaling_factor + _shift(vae)).to(vae.dtype)).sample.float()
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str], device: torch.device | str) -> dict[str, Tensor]:
+        """What the network takes of B prompts, by the pipeline's own rule.
+
+        Returns:
+            ``encoder_hidden_states`` (B, L, D); Stable Diffusion XL adds ``text_embeds`` (B, E), 3 adds
+            ``pooled_projections`` (B, E).
+
+        Raises:
+            ConfigurationError: no text encoder, or a pipeline of another kind.
+        """
+        takes = _text_arguments(self.pipeline)
+        for encoder in self.text_encoders.values():
+            encoder.on(device)
+        arguments: dict[str, Any] = {name: list(prompts) for name in takes if name.startswith("prompt")}
+        with torch.autocast(torch.device(device).type, enabled=False):
+            encoded = self.pipeline.encode_prompt(**arguments, device=device, do_classifier_free_guidance=False)
+        if len(encoded) == 2:
+            return {"encoder_hidden_states": encoded[0]}
+        return {"encoder_hidden_states": encoded[0], POOLED[self.role]: encoded[2]}
+
+    def unconditional(self, device: torch.device | str) -> dict[str, Tensor]:
+        """What the pipeline guides away from, for one image: the empty prompt, or zeros where it is told so (XL)."""
+        if not self._empty:
+            empty = self.encode_prompts([""], device)
+            if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+                empty = {name: torch.zeros_like(value) for name, value in empty.items()}
+            self._empty = empty
+        self._empty = {name: value.to(device) for name, value in self._empty.items()}
+        return self._empty
 
     @torch.no_grad()
     def encode_tokens(self, input_ids: Tensor) -> Tensor:
@@ -76,6 +143,41 @@ class Surroundings:
         length = self.tokenizer.model_max_length
         full = {"padding": "max_length", "truncation": True, "max_length": length}
         return self.tokenizer(prompts, return_tensors="pt", **full).input_ids
+
+
+POOLED = {"unet": "text_embeds", "transformer": "pooled_projections"}  # the network's names of the pooled text
+TEXT_KEYS = ("encoder_hidden_states", *POOLED.values(), "time_ids")
+
+
+def _text_arguments(pipeline: DiffusionPipeline | None) -> list[str]:
+    """Names of the arguments of ``encode_prompt``, of the pipelines whose answer is known here."""
+    encode = getattr(pipeline, "encode_prompt", None)
+    if encode is None or getattr(pipeline, "tokenizer", None) is None:
+        raise ConfigurationError("prompts need a pipeline with a tokenizer and a text encoder.")
+    names = [name for name in inspect.signature(encode).parameters if name in ("prompt", "prompt_2", "prompt_3")]
+    known = len(names) == 3 if _network_name(pipeline) == "transformer" else len(names) < 3
+    check(known, "model", type(pipeline).__name__, "a Stable Diffusion 1.x, 2.x, XL or 3 pipeline",
+          "Give embeddings as 'encoder_hidden_states' in the batch.")  # fmt: skip
+    return names
+
+
+def call(network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: dict[str, Any], factor: int = 1) -> Tensor:
+    """One forward pass of a U-Net, a transformer, or any ``network(noisy, timesteps, **condition)``.
+
+    For Stable Diffusion XL ``text_embeds`` and ``time_ids`` (B, 6) become its ``added_cond_kwargs``; without
+    ``time_ids`` an image is said to be whole and of the size that it has, ``factor`` pixels per latent.
+    """
+    if "text_embeds" in condition:
+        condition = dict(condition)
+        height, width = (factor * side for side in noisy.shape[-2:])
+        ids = noisy.new_tensor([height, width, 0, 0, height, width]).expand(len(noisy), 6)
+        added = {"text_embeds": condition.pop("text_embeds"), "time_ids": condition.pop("time_ids", ids)}
+        condition["added_cond_kwargs"] = added
+    if "pooled_projections" in condition:
+        output = network(hidden_states=noisy, timestep=timesteps, **condition)
+    else:
+        output = network(noisy, timesteps, **condition)
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def class_tokens(labels: Tensor, width: int) -> Tensor:
@@ -116,7 +218,15 @@ def _opened(name: str) -> tuple[nn.Module, Any, Surroundings]:
         check((folder / where / "config.json").is_file(), "model", name, valid, "It has no model_index.json.")
         network = diffusers.AutoModel.from_pretrained(str(folder), subfolder=where or None, **_LOADING)
         return network, _scheduler(folder / "scheduler"), Surroundings()
-    return take_apart(from_hub(DiffusionPipeline.from_pretrained, str(folder), instead=INSTEAD, **_LOADING))
+    arguments = _LOADING | dict.fromkeys(_absent(folder))
+    return take_apart(from_hub(DiffusionPipeline.from_pretrained, str(folder), instead=INSTEAD, **arguments))
+
+
+def _absent(folder: Path) -> Iterator[str]:
+    """Parts that a local pipeline was saved without; Stable Diffusion 3 wants to be told of a missing T5."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text("utf-8")) if index.is_file() else {}
+    return (name for name, what in parts.items() if what == [None, None])
 
 
 def _scheduler(folder: Path) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -17,49 +16,13 @@ from torch import Tensor, nn
 
 from effdl.core.batch import unpack
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
-from effdl.core.noise import add_noise, alpha_sigma, prediction_of
 from effdl.core.solvers import sample_loop
-from effdl.tasks._diffusers import class_tokens, put_together, save, take_apart
+from effdl.tasks._denoising import Denoising, diffuse, stream
+from effdl.tasks._diffusers import call, class_tokens, put_together, save, take_apart
 from effdl.tasks._optimizers import optimizer_and_scheduler
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 PROMPT_KEYS = ("prompt", "caption", "text")
-
-
-class Denoising(NamedTuple):
-    """What a training step computes before its loss: the ``outputs`` of ``compute_loss``.
-
-    ``prediction`` and ``target`` (B, C, H, W), ``noisy`` the network's input x_t, ``timesteps`` (B,) int, ``condition``
-    its keyword arguments.
-    """
-
-    prediction: Tensor
-    target: Tensor
-    noisy: Tensor
-    timesteps: Tensor
-    condition: dict[str, Any] = {}
-
-
-def diffuse(
-    x0: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction: str
-) -> tuple[Tensor, Tensor]:
-    """``x_t = a x_0 + s eps`` with ``a^2 = alpha-bar_t = 1 - s^2`` (DDPM, eq. 4), and what is to be predicted from it.
-
-    Args:
-        x0, noise: (B, ...).
-        timesteps: (B,) int.
-        alphas_cumprod: alpha-bar, (T,).
-        prediction: ``"epsilon"`` (eps), ``"sample"`` (x_0) or ``"v_prediction"`` (a eps - s x_0; Salimans & Ho 2022).
-
-    Returns:
-        ``(x_t, target)``, both (B, ...).
-
-    Example::
-
-        noisy, target = diffuse(images, torch.randn_like(images), t, DDPMScheduler().alphas_cumprod, "epsilon")
-    """
-    a, s = (value.to(x0.dtype) for value in alpha_sigma(alphas_cumprod, timesteps, x0))
-    return add_noise(x0, noise, a, s), prediction_of(x0, noise, a, s, prediction)
 
 
 class DiffusionModule(LightningModule):
@@ -108,14 +71,17 @@ class DiffusionModule(LightningModule):
         check_integer("seed", seed, 0)
         network, own, self.surroundings = take_apart(model)
         self.model = network.train()
-        given = noise_scheduler or own or DDPMScheduler()
+        self.noise_scheduler, self.prediction = self._schedule(noise_scheduler or own or DDPMScheduler(), prediction)
+        self.seed, self.optimizer, self.scheduler = seed, optimizer, scheduler
+
+    def _schedule(self, given: Any, prediction: str | None) -> tuple[Any, str]:
+        """A scheduler of the module's own, and what the network predicts."""
         fix = "Flow matching has modules of its own."
         named = "a diffusers scheduler with alphas_cumprod"
         check(hasattr(given, "alphas_cumprod"), "noise_scheduler", type(given).__name__, named, fix)
-        self.prediction = prediction or given.config.get("prediction_type", "epsilon")
-        check_choice("prediction", self.prediction, PREDICTIONS)
-        self.noise_scheduler = type(given).from_config(given.config, prediction_type=self.prediction)
-        self.seed, self.optimizer, self.scheduler = seed, optimizer, scheduler
+        prediction = prediction or given.config.get("prediction_type", "epsilon")
+        check_choice("prediction", prediction, PREDICTIONS)
+        return type(given).from_config(given.config, prediction_type=prediction), prediction
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> DiffusionModule:
@@ -136,8 +102,7 @@ class DiffusionModule(LightningModule):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, **condition: Tensor) -> Tensor:
         """The network's prediction (B, C, H, W) from ``noisy`` (B, C, H, W) at ``timesteps`` (B,)."""
-        output = self.model(noisy, timesteps, **condition)
-        return output if isinstance(output, Tensor) else output[0]
+        return call(self.model, noisy, timesteps, condition, self.surroundings.factor)
 
     def compute_loss(self, outputs: Denoising, batch: Any) -> Tensor:
         """Mean squared error (DDPM, eq. 14); the hook that methods with a loss of their own override."""
@@ -145,17 +110,28 @@ class DiffusionModule(LightningModule):
 
     def denoise(self, batch: Any, generator: torch.Generator | None = None) -> Denoising:
         """Add noise at random timesteps and predict the target; all draws come from ``generator``."""
-        images = unpack(batch).inputs
-        x0 = self.surroundings.encode_images(images, generator)
-        steps = self.noise_scheduler.config.num_train_timesteps
-        timesteps = torch.randint(steps, (len(x0),), device=x0.device, generator=generator)
+        x0 = self.latents(batch, generator)
+        timesteps = self._times(len(x0), generator)
         noise = torch.randn(x0.shape, device=x0.device, generator=generator)
+        noisy, target = self._noised(x0, noise, timesteps)
+        condition = self.condition(batch)
+        prediction = self(noisy.to(self.dtype), timesteps, **condition)
+        return Denoising(prediction, target, noisy, timesteps, condition)
+
+    def latents(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
+        """What is denoised: the images of a batch, encoded where there is a VAE."""
+        return self.surroundings.encode_images(unpack(batch).inputs, generator)
+
+    def _times(self, count: int, generator: torch.Generator | None) -> Tensor:
+        device = self.device if generator is None else generator.device
+        return torch.randint(
+            self.noise_scheduler.config.num_train_timesteps, (count,), device=device, generator=generator
+        )
+
+    def _noised(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         # moved once and kept, as diffusers' own schedulers do
         self.noise_scheduler.alphas_cumprod = self.noise_scheduler.alphas_cumprod.to(x0.device)
-        noisy, target = diffuse(x0, noise, timesteps, self.noise_scheduler.alphas_cumprod, self.prediction)
-        condition = self.condition(batch)
-        prediction = self(noisy.to(images.dtype), timesteps, **condition)
-        return Denoising(prediction, target, noisy, timesteps, condition)
+        return diffuse(x0, noise, timesteps, self.noise_scheduler.alphas_cumprod, self.prediction)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._step(batch, "train", [self.seed, 0, batch_idx, self.global_rank, self.current_epoch])
@@ -172,11 +148,10 @@ class DiffusionModule(LightningModule):
         return self._sample(len(unpack(batch).inputs), condition, [self.seed, 3, batch_idx, self.global_rank])
 
     def _step(self, batch: Any, stage: str, seed: list[int]) -> Tensor:
-        inputs = unpack(batch).inputs
-        outputs = self.denoise(batch, _generator(seed, inputs.device))
+        outputs = self.denoise(batch, stream(seed, self.device))
         train = stage == "train"
         loss = self.compute_loss(outputs, batch) if train else DiffusionModule.compute_loss(self, outputs, batch)
-        bar, size = stage != "test", len(inputs)
+        bar, size = stage != "test", len(outputs.noisy)
         self.log(f"{stage}/loss", loss, prog_bar=bar, on_step=train, on_epoch=True, batch_size=size)
         return loss
 
@@ -206,6 +181,10 @@ class DiffusionModule(LightningModule):
             return class_tokens(labels, width).to(self.dtype)
         wanted = "'prompt', 'input_ids' or 'encoder_hidden_states'"
         raise ConfigurationError(f"the network wants text: {wanted} in the batch, which has {sorted(batch)}.")
+
+    def _unconditional(self, count: int) -> dict[str, Tensor]:
+        """What guidance leads away from."""
+        return {"encoder_hidden_states": self._text({"prompt": [""] * count})}
 
     def sample(
         self,
@@ -252,6 +231,7 @@ class DiffusionModule(LightningModule):
         count = len(next(iter(condition.values()), range(count)))
         return self._sample(count, condition, [seed], steps, guidance, noise_scheduler)
 
+    @torch.no_grad()
     def _sample(
         self,
         count: int,
@@ -264,7 +244,7 @@ class DiffusionModule(LightningModule):
         scheduler = scheduler or type(self.noise_scheduler).from_config(self.noise_scheduler.config)
         empty = condition
         if guidance != 1:
-            empty = condition | {"encoder_hidden_states": self._text({"prompt": [""] * count})}
+            empty = condition | self._unconditional(count)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             x = x.to(self.dtype)
@@ -274,7 +254,7 @@ class DiffusionModule(LightningModule):
             without = self(x, t, **empty).float()
             return without + guidance * (out - without)
 
-        generator = _generator(seed, "cpu")  # the same image on every device
+        generator = stream(seed, "cpu")  # the same image on every device
         noise = torch.randn(count, *self._shape(), generator=generator).to(self.device)
         flags = {module: module.training for module in self.model.modules()}
         self.model.eval()
@@ -292,9 +272,3 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_scheduler(self, self.optimizer, self.scheduler)
-
-
-def _generator(seed: Sequence[int], device: torch.device | str) -> torch.Generator:
-    """A stream of its own for every (seed, epoch, batch, process)."""
-    state = np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
 from effdl.core.errors import ConfigurationError
-from effdl.tasks.diffusion import DiffusionModule, diffuse
+from effdl.tasks.diffusion import DiffusionModule, diffuse, stream
 from effdl.tasks.tiny import (
     tiny_condition_unet,
     tiny_ddpm,
@@ -280,9 +280,7 @@ def test_guidance_moves_away_from_the_empty_prompt_as_the_pipeline_does():
     assert not torch.allclose(plain, guided)
     empty = module.sample(1, steps=2, prompts="")
     assert torch.allclose(module.sample(1, guidance=0.0, **kwargs), empty, atol=1e-5)
-    from effdl.tasks.diffusion import _generator
-
-    latents = torch.randn(1, 4, 8, 8, generator=_generator([0], "cpu"))
+    latents = torch.randn(1, 4, 8, 8, generator=stream([0], "cpu"))
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         "a cat", num_inference_steps=2, guidance_scale=3.0, latents=latents, output_type="pt", negative_prompt=""
