@@ -29,12 +29,17 @@ def on_device(value: Condition, device: torch.device) -> Condition:
 def draw_samples(module: Any, noise: Tensor, condition: Condition, steps: Sequence[int], path: Path) -> Path | None:
     """One row of images per number of Euler steps, one column per noise; ``None`` where the states are no images."""
     condition, noise = on_device(condition, module.device), noise.to(module.device)
-    rows = [module.sample(condition, noise, steps=n) for n in steps]
+    return save_rows([module.sample(condition, noise, steps=n) for n in steps], path)
+
+
+def save_rows(rows: Sequence[Tensor], path: Path) -> Path | None:
+    """Rows of images ``[B, C, H, W]`` in [-1, 1], one below the other; ``None`` where the states are no images."""
     if rows[0].dim() != 4 or rows[0].shape[1] not in (1, 3):
         return None
     from torchvision.utils import make_grid, save_image
 
-    grid = make_grid(torch.cat(rows).float().cpu().clamp(-1, 1), nrow=len(noise), value_range=(-1, 1), normalize=True)
-    zoom = max(1, 64 // rows[0].shape[-1])
+    images = torch.cat(list(rows)).float().cpu().clamp(-1, 1)
+    grid = make_grid(images, nrow=len(rows[0]), value_range=(-1, 1), normalize=True)
+    zoom = max(1, 64 // images.shape[-1])
     save_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), path)
     return path
