@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,13 +42,15 @@ class Draws:
         entropy = np.random.SeedSequence([self.seed, self.epoch + 1, self.batch, purpose])
         return generator(int(entropy.generate_state(1)[0]), self.device)
 
+    def rows(self, count: int, sample: Callable[[int, torch.Generator], Tensor], purpose: int) -> Tensor:
+        """This process's ``[count, ...]`` of what ``sample(rows of all processes, generator)`` draws."""
+        return sample(count * world_size(), self.stream(purpose))[rank() :: world_size()]
+
     def uniform(self, count: int) -> Tensor:
         """U[0, 1), ``[count]``."""
-        everyone = torch.rand(count * world_size(), generator=self.stream(0), device=self.device)
-        return everyone[rank() :: world_size()]
+        return self.rows(count, lambda n, stream: torch.rand(n, generator=stream, device=self.device), 0)
 
     def noise(self, shape: Sequence[int]) -> Tensor:
         """N(0, I) of a shape ``[B, ...]``."""
         count, *rest = shape
-        everyone = torch.randn(count * world_size(), *rest, generator=self.stream(1), device=self.device)
-        return everyone[rank() :: world_size()]
+        return self.rows(count, lambda n, stream: torch.randn(n, *rest, generator=stream, device=self.device), 1)

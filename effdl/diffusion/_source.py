@@ -17,6 +17,7 @@ from effdl.core.random import generator
 from effdl.core.teacher import Frozen
 from effdl.diffusion._denoiser import TimeConvention, call_network, convention_of, kind
 from effdl.diffusion._flow import Condition, Velocity, euler, guided_velocity, wide
+from effdl.diffusion._flow_schedulers import unet_flow_scheduler
 
 RECORD = "reflow.json"  # beside model_index.json or config.json: which flow the weights are
 DEFAULT_CONVENTION = {
@@ -187,26 +188,24 @@ class FlowSource:
             x = solver.step(predict(x, time.expand(len(x))), time, x, return_dict=False)[0]
         return x
 
-    def save(self, folder: str | Path, network: nn.Module, record: dict[str, Any]) -> None:
+    def save(self, folder: str | Path, network: nn.Module, record: dict[str, Any], scheduler: Any = None) -> None:
         """Write the pipeline with ``network`` in it (or ``network`` alone) as stock diffusers loads it.
 
-        A network of no diffusers class becomes ``model.safetensors``.
-
-        Under the diffusers convention a U-Net pipeline gets a flow scheduler, so that the stock pipeline also samples.
+        A network of no diffusers class becomes ``model.safetensors``. ``scheduler`` replaces the pipeline's, or lies
+        beside a network; by default a U-Net pipeline under the diffusers convention gets one for flows.
         """
         network = getattr(network, "_orig_mod", network)
+        if self.pipeline is None and scheduler is not None:
+            scheduler.save_pretrained(Path(folder) / "scheduler")
         if not hasattr(network, "save_pretrained"):
             save_safetensors(network, Path(folder) / WEIGHTS)
         elif self.pipeline is None:
             network.save_pretrained(folder)
         else:
             own = {self.role: self.network, "scheduler": self.pipeline.scheduler}
-            self.pipeline.register_modules(**{self.role: network})
-            if self.role == "unet" and self.convention == convention_of("diffusers"):
-                from diffusers import DPMSolverMultistepScheduler
-
-                flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 1}
-                self.pipeline.register_modules(scheduler=DPMSolverMultistepScheduler(**flow))
+            if scheduler is None and self.role == "unet" and self.convention == convention_of("diffusers"):
+                scheduler = unet_flow_scheduler()
+            self.pipeline.register_modules(**{self.role: network, "scheduler": scheduler or own["scheduler"]})
             try:
                 self.pipeline.save_pretrained(folder)
             finally:
