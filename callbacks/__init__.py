@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 _EXPORTS = {
     "DSnoTCallback": "effdl.callbacks.dsnot",
     "DifferentiableQuantizationCallback": "effdl.callbacks.differentiable_quantization",
+    "DiffusionPTQCallback": "effdl.callbacks.ptq4dm",
     "MaestroCallback": "effdl.callbacks.maestro",
     "MixedPrecisionPTQCallback": "effdl.callbacks.hessian_mixed_precision",
     "NUPESCallback": "effdl.callbacks.nupes",
@@ -28,6 +29,7 @@ _EXPORTS = {
     "RelevancePruningCallback": "effdl.callbacks.relevance_pruning",
     "RNNPruningCallback": "effdl.callbacks.rnn_sparsity",
     "SAMCallback": "effdl.callbacks.sam",
+    "SaRACallback": "effdl.callbacks.sara",
     "SharpnessCallback": "effdl.callbacks.sharpness",
     "SmoothGradCAMCallback": "effdl.callbacks.smooth_gradcampp",
     "TrainedRankPruningCallback": "effdl.callbacks.trained_rank_pruning",
@@ -43,12 +45,14 @@ if TYPE_CHECKING:
     from effdl.callbacks.pdp import PDPCallback
     from effdl.callbacks.polycom import PolyComCallback
     from effdl.callbacks.powernorm import PowerNormCallback
+    from effdl.callbacks.ptq4dm import DiffusionPTQCallback
     from effdl.callbacks.quantized_distillation import QuantizedDistillationCallback
     from effdl.callbacks.relevance_pruning import RelevancePruningCallback
     from effdl.callbacks.reste import ReSTECallback
     from effdl.callbacks.rng_state import RNGStateCallback
     from effdl.callbacks.rnn_sparsity import RNNPruningCallback
     from effdl.callbacks.sam import SAMCallback
+    from effdl.callbacks.sara import SaRACallback
     from effdl.callbacks.sharpness import SharpnessCallback
     from effdl.callbacks.smooth_gradcampp import SmoothGradCAMCallback
     from effdl.callbacks.trained_rank_pruning import TrainedRankPruningCallback
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DSnoTCallback",
     "DifferentiableQuantizationCallback",
+    "DiffusionPTQCallback",
     "MaestroCallback",
     "MixedPrecisionPTQCallback",
     "NUPESCallback",
@@ -69,6 +74,7 @@ __all__ = [
     "RelevancePruningCallback",
     "RNNPruningCallback",
     "SAMCallback",
+    "SaRACallback",
     "SharpnessCallback",
     "SmoothGradCAMCallback",
     "TrainedRankPruningCallback",

@@ -237,7 +237,7 @@ def test_which_parameters():
     names = [w.name for w in trainable_weights(model)]
     assert names == ["0.weight", "0.bias", "3.bias", "4.weight", "4.bias", "5.weight", "5.bias"]
     assert [w.name for w in trainable_weights(model, targets="Linear", exclude="5")] == ["3.bias"]
-    theta = quantile_threshold([p for p in net().parameters()], 0.2)
+    theta = quantile_threshold(list(net().parameters()), 0.2)
     share = sum(int((p.abs() < theta).sum()) for p in net().parameters()) / sum(p.numel() for p in net().parameters())
     assert share == pytest.approx(0.2, abs=1e-3)
     sparse = sparsify(model, threshold=0.01, targets="5")
