@@ -1,0 +1,213 @@
+"""ptq4dm: ranges of the inputs of a network's layers, over many calls and without keeping any activation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from effdl.core.errors import ConfigurationError
+from effdl.core.input_quantizers import QuantizedInput, channel_dim
+from effdl.core.quantizers import QuantizedWeight
+from effdl.diffusion._ptq4dm_samples import Samples, call
+from effdl.diffusion._ptq4dm_settings import Settings
+from effdl.diffusion.ptq4dm import best_candidate, candidate_errors, side_of
+
+
+@contextlib.contextmanager
+def rounded_weights(layers: dict[str, nn.Module], records: dict[str, QuantizedWeight]) -> Iterator[None]:
+    """Inside, the layers compute with their rounded weights; the float ones were not touched."""
+    floats = {name: layer.weight.data for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.weight.data = records[name].dequantize(floats[name].dtype)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight.data = floats[name]
+
+
+class RangeSearch:
+    """One range over many tensors: extremes in a first pass, errors of all candidates in a second.
+
+    It keeps a hundred numbers, and the result does not depend on the order or the size of the batches.
+    """
+
+    def __init__(self, bits: int, p: float, candidates: int) -> None:
+        self.bits, self.p, self.candidates = bits, p, candidates
+        self.low, self.high = float("inf"), float("-inf")
+        self.errors: Tensor | None = None
+        self.count = 0
+
+    def see(self, x: Tensor) -> None:
+        """First pass."""
+        low, high = torch.aminmax(x.detach().float())
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+    @property
+    def side(self) -> str:
+        return side_of(self.low, self.high)
+
+    def _largest(self, device: torch.device) -> Tensor:
+        return torch.tensor([max(abs(self.low), abs(self.high))], device=device)
+
+    def score(self, x: Tensor) -> None:
+        """Second pass, over the same tensors."""
+        row = x.detach().float().reshape(1, -1)
+        errors = candidate_errors(row, self._largest(x.device), self.side, self.bits, self.p, self.candidates)
+        self.errors = errors if self.errors is None else self.errors + errors
+        self.count += row.shape[1]
+
+    def record(self) -> QuantizedInput:
+        """The best range."""
+        found = best_candidate(self.errors, self._largest(self.errors.device), self.side, self.bits, self.count)
+        zero = torch.tensor([found.zero_point], dtype=torch.int32, device=found.delta.device)
+        return QuantizedInput(found.delta, zero, self.bits)
+
+
+class Measurement:
+    """The input ranges of a network's layers over a calibration set.
+
+    Args:
+        network: as it will run, with rounded weights.
+        layers: whose inputs, by name.
+        samples: what it is called with.
+        bits: of each layer's input.
+        settings: search, batch size, order.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: dict[str, nn.Module],
+        samples: Samples,
+        bits: dict[str, int],
+        settings: Settings,
+    ) -> None:
+        self.network, self.layers, self.samples, self.bits, self.settings = network, layers, samples, bits, settings
+        self._times = samples.times
+
+    def run(self) -> dict[str, QuantizedInput]:
+        """A record for each layer.
+
+        Raises:
+            ConfigurationError: a layer that is never called; an input that is not finite.
+        """
+        self._cuts = skip_channels(self.network, self.layers, self.samples) if self.settings.split_shortcut else {}
+        if not self.settings.sequential:
+            return self._measure(self.layers, {})
+        done: dict[str, QuantizedInput] = {}
+        for name in self._order():
+            done |= self._measure({name: self.layers[name]}, done)
+        return {name: done[name] for name in self.layers}
+
+    def _measure(
+        self, layers: dict[str, nn.Module], upstream: dict[str, QuantizedInput]
+    ) -> dict[str, QuantizedInput]:
+        find = (self.settings.p, self.settings.candidates)
+        searches = {n: [RangeSearch(self.bits[n], *find) for _ in self._cuts.get(n, (0,))] for n in layers}
+
+        def note(name: str, x: Tensor, act: Callable[[RangeSearch, Tensor], None]) -> None:
+            cut = self._cuts.get(name)
+            parts = x.split(list(cut), channel_dim(self.layers[name])) if cut else [x]
+            for search, part in zip(searches[name], parts):
+                act(search, part)
+
+        def first(name: str, x: Tensor) -> None:
+            self._check_finite(name, x)
+            note(name, x, RangeSearch.see)
+
+        self._pass(layers, upstream, first)
+        missing = [name for name, found in searches.items() if found[0].high == float("-inf")]
+        if missing:
+            raise ConfigurationError(
+                f"exclude: the network never calls {missing[:5]} (attention of torch.nn reads its weights directly). "
+                "Exclude them, or use layers that are called."
+            )
+        self._pass(layers, upstream, lambda name, x: note(name, x, RangeSearch.score))
+        found = {name: [search.record() for search in parts] for name, parts in searches.items()}
+        return {n: QuantizedInput.joined(r, self._cuts[n]) if n in self._cuts else r[0] for n, r in found.items()}
+
+    def _pass(
+        self,
+        layers: dict[str, nn.Module],
+        upstream: dict[str, QuantizedInput],
+        see: Callable[[str, Tensor], None],
+    ) -> None:
+        """All samples through the network, inputs of ``layers`` shown, those of ``upstream`` quantised."""
+
+        def quantise(layer: nn.Module, args: tuple) -> tuple:
+            return (upstream[names[layer]].apply(args[0], channel_dim(layer)), *args[1:])
+
+        names = {layer: name for name, layer in self.layers.items()}
+        with contextlib.ExitStack() as hooks:
+            for name in upstream:
+                hooks.callback(self.layers[name].register_forward_pre_hook(quantise).remove)
+            for layer in layers.values():
+                look = lambda module, args: see(names[module], args[0])  # noqa: E731
+                hooks.callback(layer.register_forward_pre_hook(look).remove)
+            for x, t, condition in self.samples.batches(self.settings.batch_size):
+                self._times = t
+                call(self.network, x, t, condition)
+
+    def _check_finite(self, name: str, x: Tensor) -> None:
+        finite = torch.isfinite(x).flatten(1).all(1)
+        if not bool(finite.all()):
+            row = int((~finite).to(torch.int8).argmax())
+            time = self._times[row].item() if len(x) == len(self._times) else self._times.tolist()
+            raise ConfigurationError(f"{name}: its input at time step {time} has NaN or infinite entries.")
+
+    def _order(self) -> list[str]:
+        """Names in the order of the first calls, then what is never called."""
+        order: dict[str, None] = {}
+        (batch, *_) = self.samples.batches(min(2, len(self.samples)))
+        names = {layer: name for name, layer in self.layers.items()}
+        with contextlib.ExitStack() as hooks:
+            for layer in self.layers.values():
+                hook = layer.register_forward_pre_hook(lambda module, args: order.setdefault(names[module]))
+                hooks.callback(hook.remove)
+            call(self.network, *batch)
+        return [*order, *[name for name in self.layers if name not in order]]
+
+
+class _Concatenations(TorchFunctionMode):
+    """Remembers which tensors ``torch.cat`` made of two along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+        if function is torch.cat and dim == 1 and len(args[0]) == 2:
+            self.made[id(out)] = (out, tuple(part.shape[1] for part in args[0]))  # kept alive: ids are not used again
+        return out
+
+
+def skip_channels(network: nn.Module, layers: dict[str, nn.Module], samples: Samples) -> dict[str, tuple[int, int]]:
+    """Both parts of the layers that read a skip concatenation, or stand in a block that does, with as many channels.
+
+    Found by watching one call; normalisation and activation in between keep channels where they are.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    names = {module: name for name, module in network.named_modules()}
+
+    def look(module: nn.Module, args: tuple) -> None:
+        made = watch.made.get(id(args[0])) if args else None
+        if made is None:
+            return
+        inside = {n: m for n, m in layers.items() if m is module or n.startswith(f"{names[module]}.")}
+        for name, layer in inside.items():
+            if getattr(layer, "in_channels", None) == sum(made[1]) and layer.groups == 1:
+                found[name] = made[1]
+
+    (batch, *_) = samples.batches(min(2, len(samples)))
+    with contextlib.ExitStack() as hooks, _Concatenations() as watch:
+        for module in network.modules():
+            hooks.callback(module.register_forward_pre_hook(look).remove)
+        call(network, *batch)
+    return found
