@@ -18,21 +18,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AdjointDPMModule": "effdl.diffusion.adjoint_dpm",
+    "AdjointSampler": "effdl.diffusion.adjoint_dpm",
     "ConfigurationError": "effdl.core.errors",
     "DiffusionModule": "effdl.tasks.diffusion",
     "ELRImageClassifier": "effdl.training.elr",
     "ELRLossMixin": "effdl.training.elr",
     "ELRPlusModule": "effdl.training.elr",
     "ImageClassifier": "effdl.tasks.image",
+    "KOALADistillationModule": "effdl.diffusion.koala",
     "LanguageModel": "effdl.tasks.language",
     "MEALV2ImageClassifier": "effdl.compression.meal_v2",
     "MEALV2Mixin": "effdl.compression.meal_v2",
     "PolyNorm": "effdl.architectures.polycom",
     "PolyReLU": "effdl.architectures.polycom",
     "PowerNorm": "effdl.architectures.powernorm",
+    "RectifiedFlowModule": "effdl.diffusion.rectified_flow_transformer",
     "ReflowModule": "effdl.diffusion.instaflow",
+    "ScoreSDEModule": "effdl.diffusion.score_sde",
+    "SmoothDiffusionMixin": "effdl.diffusion.smooth_diffusion",
+    "SmoothDiffusionModule": "effdl.diffusion.smooth_diffusion",
     "SparseGraphRNN": "effdl.compression.rnn_sparsity",
     "SparseGraphRNNModule": "effdl.compression.rnn_sparsity_models",
+    "TextToImageModule": "effdl.tasks.text_to_image",
     "compare": "effdl.comparison",
     "create": "effdl.catalog",
 }
@@ -46,28 +54,42 @@ if TYPE_CHECKING:
     from effdl.compression.rnn_sparsity import SparseGraphRNN
     from effdl.compression.rnn_sparsity_models import SparseGraphRNNModule
     from effdl.core.errors import ConfigurationError
+    from effdl.diffusion.adjoint_dpm import AdjointDPMModule, AdjointSampler
     from effdl.diffusion.instaflow import ReflowModule
+    from effdl.diffusion.koala import KOALADistillationModule
+    from effdl.diffusion.rectified_flow_transformer import RectifiedFlowModule
+    from effdl.diffusion.score_sde import ScoreSDEModule
+    from effdl.diffusion.smooth_diffusion import SmoothDiffusionMixin, SmoothDiffusionModule
     from effdl.tasks.diffusion import DiffusionModule
     from effdl.tasks.image import ImageClassifier
     from effdl.tasks.language import LanguageModel
+    from effdl.tasks.text_to_image import TextToImageModule
     from effdl.training.elr import ELRImageClassifier, ELRLossMixin, ELRPlusModule
 
 __all__ = [
+    "AdjointDPMModule",
+    "AdjointSampler",
     "ConfigurationError",
     "DiffusionModule",
     "ELRImageClassifier",
     "ELRLossMixin",
     "ELRPlusModule",
     "ImageClassifier",
+    "KOALADistillationModule",
     "LanguageModel",
     "MEALV2ImageClassifier",
     "MEALV2Mixin",
     "PolyNorm",
     "PolyReLU",
     "PowerNorm",
+    "RectifiedFlowModule",
     "ReflowModule",
+    "ScoreSDEModule",
+    "SmoothDiffusionMixin",
+    "SmoothDiffusionModule",
     "SparseGraphRNN",
     "SparseGraphRNNModule",
+    "TextToImageModule",
     "compare",
     "create",
 ]
