@@ -17,6 +17,7 @@ from effdl.core.hub import from_hub
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "x")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "y")
+TEXT_COLUMNS = ("text", "caption", "prompt", "captions", "sentence")
 LOCAL_FORMS = "a folder of images (train/CLASS/*.png), a parquet file, an .npz file (x_train, y_train, x_test, y_test)"
 MAX_BYTES = 16 * 2**30
 
@@ -40,7 +41,12 @@ def local_path(name: str) -> Path | None:
 
 
 def read_images(
-    name: str, image_size: int | None, channels: int, image_key: str | None = None, label_key: str | None = None
+    name: str,
+    image_size: int | None,
+    channels: int,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    text: bool = False,
 ) -> Images:
     """Read and decode a data set; kept in memory, so that the second module of a process gets the same tensors.
 
@@ -49,22 +55,31 @@ def read_images(
         image_size: side of the square images; ``None`` keeps the data's own size.
         channels: 1 or 3.
         image_key, label_key: columns (or npz fields without ``_train``), where the usual names do not fit.
+        text: prefer a column of texts over one of labels: the different texts are then the classes.
     """
     path = None if name == "digits" else local_path(name)
     changed = path.stat().st_mtime_ns if path else 0
-    return _read(str(path or name), changed, image_size, channels, image_key, label_key)
+    return _read(str(path or name), changed, image_size, channels, image_key, label_key, text)
 
 
 @lru_cache(maxsize=4)
 def _read(
-    name: str, changed: int, image_size: int | None, channels: int, image_key: str | None, label_key: str | None
+    name: str,
+    changed: int,
+    image_size: int | None,
+    channels: int,
+    image_key: str | None,
+    label_key: str | None,
+    text: bool,
 ) -> Images:
     if name == "digits":
         raw, classes = _columns(_digits(), image_key, label_key)
     elif Path(name).suffix == ".npz":
         raw, classes = _npz(Path(name), image_key, label_key)
     else:
-        raw, classes = _columns(_datasets(name), image_key, label_key)
+        data = _datasets(name)
+        data, label_key = _texts_as_labels(data, label_key) if text else (data, label_key)
+        raw, classes = _columns(data, image_key, label_key)
     splits = {split: (decode(x, image_size, channels), _labels(y)) for split, (x, y) in raw.items()}
     count = 1 + max(int(labels.max()) for _, labels in splits.values())
     return Images(splits, tuple(classes or map(str, range(count))))
@@ -128,6 +143,27 @@ def _columns(data: dict[str, Any], image_key: str | None, label_key: str | None)
         raw[split] = (table[image], table[label])
         classes = getattr(table.features[label], "names", None)
     return raw, classes
+
+
+def _texts_as_labels(data: dict[str, Any], text_key: str | None) -> tuple[dict[str, Any], str | None]:
+    """The tables with their texts as numbered classes, the same numbers in all splits; as they are without texts."""
+    from datasets import ClassLabel
+
+    first = next(iter(data.values()))
+    key = text_key or next((name for name in TEXT_COLUMNS if name in first.features), None)
+    if key is None:
+        return data, None
+    check(key in first.features, "text_key", key, f"one of the columns {list(first.features)}")
+    texts = {
+        split: [text if isinstance(text, str) else text[0] for text in table[key]] for split, table in data.items()
+    }
+    names = sorted({text for column in texts.values() for text in column})
+    number = {text: i for i, text in enumerate(names)}
+    tables = {
+        split: table.remove_columns(key).add_column(key, [number[text] for text in texts[split]])
+        for split, table in data.items()
+    }
+    return {split: table.cast_column(key, ClassLabel(names=names)) for split, table in tables.items()}, key
 
 
 def _column(features: Any, given: str | None, kind: type, usual: Sequence[str], argument: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from effdl.core.adapters import merged
 from effdl.core.errors import ConfigurationError, check
 from effdl.core.hub import from_hub
 from effdl.core.teacher import Frozen
@@ -57,6 +58,14 @@ class Surroundings:
         return {
             name: Frozen(part) for name, part in parts.items() if name.startswith("text_encoder") and part is not None
         }
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether :meth:`encode_prompts` knows the pipeline."""
+        try:
+            return bool(_text_arguments(self.pipeline))
+        except ConfigurationError:
+            return False
 
     @property
     def factor(self) -> int:
@@ -112,9 +121,10 @@ class Surroundings:
         takes = _text_arguments(self.pipeline)
         for encoder in self.text_encoders.values():
             encoder.on(device)
-        arguments: dict[str, Any] = {name: list(prompts) for name in takes if name.startswith("prompt")}
+        plain = {"device": device, "do_classifier_free_guidance": False}
+        arguments: dict[str, Any] = {name: list(prompts) for name in takes}
         with torch.autocast(torch.device(device).type, enabled=False):
-            encoded = self.pipeline.encode_prompt(**arguments, device=device, do_classifier_free_guidance=False)
+            encoded = self.pipeline.encode_prompt(**arguments, num_images_per_prompt=1, **plain)
         if len(encoded) == 2:
             return {"encoder_hidden_states": encoded[0]}
         return {"encoder_hidden_states": encoded[0], POOLED[self.role]: encoded[2]}
@@ -257,6 +267,7 @@ def put_together(surroundings: Surroundings, network: nn.Module, scheduler: Any)
 
 def save(surroundings: Surroundings, network: nn.Module, scheduler: Any, folder: str | Path) -> None:
     """A pipeline's folder; for a network that belongs to no pipeline the folders ``unet`` and ``scheduler``."""
+    network = merged(network)  # an adapter is folded in: the architecture is a stock one
     pipeline = put_together(surroundings, network, scheduler)
     if pipeline is not None:
         pipeline.save_pretrained(str(folder))

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from effdl.core.batch import unpack
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
 from effdl.core.solvers import sample_loop
-from effdl.tasks._denoising import Denoising, diffuse, stream
+from effdl.tasks._denoising import Denoising, diffuse, prompts_of, stream
 from effdl.tasks._diffusers import call, class_tokens, put_together, save, take_apart
 from effdl.tasks._optimizers import optimizer_and_scheduler
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-PROMPT_KEYS = ("prompt", "caption", "text")
 
 
 class DiffusionModule(LightningModule):
@@ -98,7 +97,10 @@ class DiffusionModule(LightningModule):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pipeline's folder, which diffusers' ``from_pretrained`` and ``DiffusionModule(folder)`` open."""
-        save(self.surroundings, self.model, self.noise_scheduler, folder)
+        self._save(self.model, folder)
+
+    def _save(self, network: nn.Module, folder: str | Path) -> None:
+        save(self.surroundings, network, self.noise_scheduler, folder)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, **condition: Tensor) -> Tensor:
         """The network's prediction (B, C, H, W) from ``noisy`` (B, C, H, W) at ``timesteps`` (B,)."""
@@ -172,9 +174,9 @@ class DiffusionModule(LightningModule):
         batch = given if isinstance(given, Mapping) else {}
         if "encoder_hidden_states" in batch:
             return batch["encoder_hidden_states"]
-        prompts = next((batch[key] for key in PROMPT_KEYS if key in batch), None)
+        prompts = prompts_of(batch)
         if "input_ids" in batch or prompts is not None:
-            ids = batch["input_ids"] if "input_ids" in batch else self.surroundings.tokens(list(prompts))
+            ids = batch["input_ids"] if "input_ids" in batch else self.surroundings.tokens(prompts)
             return self.surroundings.encode_tokens(ids.to(self.device))
         if self.surroundings.text_encoder is None and (labels := unpack(given).labels) is not None:
             width = self.model.config.get("encoder_hid_dim") or self.model.config.cross_attention_dim
