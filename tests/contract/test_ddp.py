@@ -18,10 +18,11 @@ pytestmark = pytest.mark.ddp
 
 
 @pytest.fixture(scope="module")
-def spawned(tmp_path_factory):
-    """All cases in one spawn; a case that breaks ends the spawn, so the rest gets another."""
+def spawned(tmp_path_factory, request):
+    """All cases asked for in one spawn; a case that breaks ends the spawn, so the rest gets another."""
     folder = tmp_path_factory.mktemp("ddp")
-    left = [name for name, case in CASES.items() if "C3" not in case.entry.contract_exceptions]
+    asked = {item.callspec.params["case"].entry.name for item in request.session.items if _is_spawned(item)}
+    left = [name for name, case in CASES.items() if name in asked and "C3" not in case.entry.contract_exceptions]
     log = ""
     for _ in range(len(left)):
         with socket.socket() as probe:
@@ -35,6 +36,10 @@ def spawned(tmp_path_factory):
         if not left:
             break
     return folder, log
+
+
+def _is_spawned(item: pytest.Item) -> bool:
+    return "spawned" in getattr(item, "fixturenames", ()) and "case" in item.callspec.params
 
 
 def load(spawned, name: str, accumulate: int, rank: int) -> dict[str, torch.Tensor]:
