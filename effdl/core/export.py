@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effdl.core.adapters import merged
 from effdl.core.capture import evaluating, uncompiled
 from effdl.core.errors import ConfigurationError, require
 from effdl.core.quantized import DESCRIPTION, describe
@@ -128,7 +129,8 @@ def save_model(module: nn.Module, folder: Path, preprocessing: Mapping[str, Any]
         ``"pretrained"``, ``"timm"``, ``"quantized"`` (opens with ``core.quantized.load_quantized``) or
         ``"safetensors"``: what was written.
     """
-    model = product(module)
+    network = product(module)
+    model = merged(network)  # an adapter is folded in
     folder.mkdir(parents=True, exist_ok=True)
     if description := describe(model):
         save_safetensors(model, folder / WEIGHTS)
@@ -136,7 +138,8 @@ def save_model(module: nn.Module, folder: Path, preprocessing: Mapping[str, Any]
         if hasattr(model, "save_config"):  # of diffusers: from_config makes the architecture to load into
             model.save_config(str(folder))
         return "quantized"
-    owner = next((part for part in (module, model) if hasattr(part, "save_pretrained")), None)
+    parts = (model if module is network else module, model)
+    owner = next((part for part in parts if hasattr(part, "save_pretrained")), None)
     if owner is not None and _reopens_the_same(model):
         owner.save_pretrained(str(folder))
         return "pretrained"

@@ -37,6 +37,9 @@ class Surroundings:
         self.vae = self._frozen("vae")
         self.text_encoder = self._frozen("text_encoder")
         self.tokenizer = getattr(pipeline, "tokenizer", None)
+        names = [] if pipeline is None else pipeline.components
+        self.text_encoders = {name: self._frozen(name) for name in names if name.startswith("text_encoder")}
+        self.text_encoders = {name: part for name, part in self.text_encoders.items() if part is not None}
         self._empty: dict[str, Tensor] = {}
 
     def _frozen(self, name: str) -> Frozen | None:
@@ -50,14 +53,6 @@ class Surroundings:
     def role(self) -> str:
         """What the pipeline calls the network: ``"unet"`` or ``"transformer"``; ``""`` without a pipeline."""
         return "" if self.pipeline is None else _network_name(self.pipeline)
-
-    @property
-    def text_encoders(self) -> dict[str, Frozen]:
-        """All of them, by the pipeline's names."""
-        parts = {} if self.pipeline is None else self.pipeline.components
-        return {
-            name: Frozen(part) for name, part in parts.items() if name.startswith("text_encoder") and part is not None
-        }
 
     @property
     def takes_prompts(self) -> bool:
