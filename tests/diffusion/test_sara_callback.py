@@ -1,4 +1,4 @@
-"""SaRACallback: official numbers on a Trainer, what moves, memory, resuming around the second selection, the product."""
+"""SaRACallback: official numbers on a Trainer, what moves, memory, resuming around the second selection, the end."""
 
 from __future__ import annotations
 
@@ -262,3 +262,15 @@ def test_what_it_does_not_go_with():
         SaRACallback().report()
     with pytest.warns(UserWarning, match="does not reach"):
         fit(module, rows(2), [SaRACallback(fraction=0.3, reselect=7)], 2)
+
+
+def test_benchmark_of_fine_tuning():
+    pytest.importorskip("peft")
+    from benchmarks._finetune import finetune, table
+
+    lora, few, fifth = rows_of = finetune(pairs=1, batch=2, memory=False)
+    assert 0.9 < few["trained"] / lora["trained"] < 1.1
+    assert lora["optimizer_bytes"] < 0.1 * lora["bare_optimizer_bytes"]
+    assert fifth["optimizer_bytes"] == pytest.approx(0.2 * fifth["bare_optimizer_bytes"], rel=0.05)
+    assert fifth["gradient_bytes"] == 4 * fifth["trained"]
+    assert len({len(line) for line in table(rows_of)}) == 1
