@@ -23,6 +23,7 @@ _EXPORTS = {
     "PolyComCallback": "effdl.callbacks.polycom",
     "PowerNormCallback": "effdl.callbacks.powernorm",
     "PruningCallback": "effdl.callbacks.gradual_pruning",
+    "QKNormCallback": "effdl.callbacks.rectified_flow_transformer",
     "QuantizedDistillationCallback": "effdl.callbacks.quantized_distillation",
     "RNGStateCallback": "effdl.callbacks.rng_state",
     "ReSTECallback": "effdl.callbacks.reste",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from effdl.callbacks.powernorm import PowerNormCallback
     from effdl.callbacks.ptq4dm import DiffusionPTQCallback
     from effdl.callbacks.quantized_distillation import QuantizedDistillationCallback
+    from effdl.callbacks.rectified_flow_transformer import QKNormCallback
     from effdl.callbacks.relevance_pruning import RelevancePruningCallback
     from effdl.callbacks.reste import ReSTECallback
     from effdl.callbacks.rng_state import RNGStateCallback
@@ -68,6 +70,7 @@ __all__ = [
     "PolyComCallback",
     "PowerNormCallback",
     "PruningCallback",
+    "QKNormCallback",
     "QuantizedDistillationCallback",
     "RNGStateCallback",
     "ReSTECallback",

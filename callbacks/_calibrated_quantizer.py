@@ -58,8 +58,12 @@ class CalibratedQuantizer(CalibratedCallback):
             if not quantized_weights(pl_module):  # else a checkpoint may bring the float weights
                 self.keep(when_built(pl_module, lambda: self._select(trainer, pl_module)))
 
+    def _choose(self, pl_module: Any) -> list[Weight]:
+        """The weights to quantise."""
+        return select_weights(pl_module, self.targets, self.exclude)
+
     def _select(self, trainer: Any, pl_module: Any) -> None:
-        weights = {weight.name: weight for weight in select_weights(pl_module, self.targets, self.exclude)}
+        weights = {weight.name: weight for weight in self._choose(pl_module)}
         for other in trainer.callbacks:
             if other is not self and getattr(other, "quantises", False):
                 twice = sorted(weights.keys() & other.weights.keys())

@@ -1,6 +1,6 @@
 """ptq4dm: weights rounded up or down as a block's output wants it (AdaRound, with QDrop's half-quantised inputs).
 
-``W_q = delta clip(floor(W / delta) + h(V), -2^(b-1), 2^(b-1) - 1)`` with h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), learnt
+The codes are ``clip(floor(W / delta) + h(V), -2^(b-1), 2^(b-1) - 1)``, h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1), learnt
 block by block: mean square error of the block's output plus 0.01 sum(1 - |2 h - 1|^beta), which drives h to 0 or 1.
 """
 
