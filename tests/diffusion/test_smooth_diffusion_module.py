@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
-from lightning.pytorch import LightningModule, Trainer
+from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from torch import nn
 
 from effdl.core.adapters import load_lora, lora_layers, merged
 from effdl.core.errors import ConfigurationError
 from effdl.core.export import save_model
 from effdl.data.loading import ResumableLoader
-from effdl.diffusion._smooth_diffusion_example import Denoiser, Denoising
+from effdl.diffusion._smooth_diffusion_example import Denoising
 from effdl.diffusion.smooth_diffusion import SmoothDiffusionMixin, SmoothDiffusionModule, interpolate
 from effdl.tasks.diffusion import DiffusionModule
 from effdl.tasks.tiny import tiny_stable_diffusion, tiny_unet
+from tests.diffusion.smooth_diffusion_modules import Fused, Late, LightningDenoiser, Manual, NoSchedule, Silent
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
@@ -155,21 +153,6 @@ def test_text_to_image_adapter_opens_with_diffusers(tmp_path):
     assert torch.equal(stock.unet(*inputs).sample, module.model.eval()(*inputs).sample)
 
 
-class Late(Denoising):
-    """Builds its network in ``configure_model``, and calls it by keywords."""
-
-    def __init__(self):
-        super().__init__(model=nn.Identity())
-        del self.model
-
-    def configure_model(self):
-        self.unet = tiny_unet(8, 1)
-
-    def training_step(self, batch, batch_idx):
-        x, t = batch["image"], torch.tensor([100, 200, 300, 400])
-        return {"loss": self.unet(sample=x, timestep=t).sample.square().mean(), "extra": 1}
-
-
 def mixed(base) -> type:
     return type("Mine", (SmoothDiffusionMixin, base), {})
 
@@ -198,22 +181,6 @@ def test_gradient_checkpointing_and_compilation_change_nothing():
     assert torch.equal(plain, compiled)
 
 
-class Fused(nn.Module):
-    """A network with fused attention, with a detached input or with reentrant checkpoints."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.inner, self.kind = Denoiser(), kind
-
-    def forward(self, x, timesteps):
-        if self.kind == "detached":
-            return self.inner(x.detach(), timesteps)
-        if self.kind == "reentrant":
-            return torch.utils.checkpoint.checkpoint(self.inner, x, timesteps, use_reentrant=True)
-        heads = self.inner(x, timesteps)
-        return torch._scaled_dot_product_flash_attention_for_cpu(heads, heads, heads)[0]
-
-
 def three_channels():
     return ResumableLoader([(torch.randn(3, 8, 8), 0) for _ in range(8)], batch_size=4)
 
@@ -226,23 +193,6 @@ def test_what_cannot_be_differentiated_twice_is_explained(kind, named):
     module = mixed(Denoising)(model=Fused(kind), rank=None)
     with pytest.raises(ConfigurationError, match=named):
         fit(module, data=three_channels())
-
-
-class NoSchedule(Denoising):
-    def __init__(self):
-        super().__init__()
-        self.noise_scheduler = None
-
-
-class Manual(Denoising):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-
-class Silent(Denoising):
-    def training_step(self, batch, batch_idx):
-        return sum(p.square().sum() for p in self.parameters())
 
 
 @pytest.mark.parametrize(
@@ -296,17 +246,6 @@ def test_own_loop_without_a_trainer():
     loss = module.training_step(torch.randn(2, 1, 8, 8), 0)
     loss.backward()
     assert module.variation.mean > 0
-    first = copy.deepcopy(module.variation.mean)
+    first = module.variation.mean
     module.training_step(torch.randn(2, 1, 8, 8), 0)
     assert module.variation.mean != first
-
-
-class LightningDenoiser(LightningModule):
-    """Keeps its schedule in a part of its own, and says what it predicts there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unet, self.diffusion = tiny_unet(8, 1), DDPMScheduler(prediction_type="v_prediction")
-
-    def training_step(self, batch, batch_idx):
-        return self.unet(batch, 10).sample.square().mean()
