@@ -14,6 +14,7 @@ Example::
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import time
@@ -239,6 +240,8 @@ def _stable(value: Any) -> str:
         return repr((value.name, sorted(value.arguments.items(), key=str)))
     if isinstance(value, Mapping):
         return repr(sorted((key, _stable(item)) for key, item in value.items()))
+    if isinstance(value, functools.partial):
+        return repr((_stable(value.func), [_stable(item) for item in value.args], _stable(value.keywords)))
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     text = repr(value)

@@ -102,6 +102,16 @@ def test_interrupted_it_goes_on_with_what_is_missing(tmp_path, monkeypatch):
     assert len(built) == 8  # another budget is another comparison
 
 
+def test_other_arguments_of_a_partial_are_another_run():
+    def make(name, *, sparsity=0.5):
+        return []
+
+    settings = [(("a",), 0.5), (("a",), 0.9), (("b",), 0.5)]
+    names = [comparison._stable(functools.partial(make, *args, sparsity=value)) for args, value in settings]
+    assert len(set(names)) == 3
+    assert comparison._stable(functools.partial(make, "a", sparsity=0.5)) == names[0]
+
+
 def test_a_method_that_is_a_module(tmp_path):
     class Other(ForeignClassifier):
         pass
