@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from effdl.callbacks._calibrated import CalibratedCallback
@@ -16,6 +18,7 @@ from effdl.core.masks import pack, unpack
 from effdl.core.surgery import refuse_after_weight_averaging
 from effdl.diffusion.sara import SUFFIX, SparseWeight, learning_rate
 
+LARGEST = 5e-3  # threshold that the official rule of the rate was made for
 SHARDED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 Weights = Mapping[str, SparseWeight]
 
@@ -83,12 +86,28 @@ def told(weights: Weights, total: int) -> dict[str, Any]:
         layers[name] = row | {"still small": int(sparse.still_small().sum())}
     trained = sum(row["trained"] for row in layers.values())
     threshold = next(iter(weights.values())).threshold
+    rule = {"suggested_rate": learning_rate(threshold)} if threshold <= LARGEST else {}
     return {
         "threshold": threshold,
         "trained": trained,
         "share": trained / total,
         "still_small": sum(row["still small"] for row in layers.values()) / trained,
-        "suggested_rate": learning_rate(threshold),
+        **rule,
         "delta_bytes": sum(s.index.numel() * s.weight.data.element_size() for s in weights.values()),
         "layers": layers,
     }
+
+
+def draw_magnitudes(weights: Weights, path: Path) -> None:
+    """The trained entries' magnitudes in units of theta, before and after."""
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    for label, of in (("before", "initial"), ("after", "values")):
+        sizes = torch.cat([getattr(s, of).abs().float() / s.threshold for s in weights.values()])
+        axes.hist(sizes.clamp(max=5).numpy(), bins=100, range=(0, 5), histtype="step", label=label)
+    axes.axvline(1, color="grey", linewidth=1)
+    axes.set(xlabel="|p| / theta (5: and above)", ylabel="trained weights", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=150)
