@@ -70,7 +70,7 @@ def unet_flow_scheduler(shift: float = 1.0) -> Any:
     from diffusers import DPMSolverMultistepScheduler
 
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 1, "flow_shift": shift}
-    return DPMSolverMultistepScheduler(**flow)
+    return DPMSolverMultistepScheduler(**flow, steps_offset=1)  # without meaning here, but the pipeline asks for it
 
 
 def scheduler_of(pipeline: Any, scheduler: Any, shift: float) -> Any:

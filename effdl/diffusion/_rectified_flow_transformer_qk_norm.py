@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from effdl.core.capture import uncompiled
 from effdl.core.errors import check
 from effdl.core.select import NothingMatched, Targets, select_modules
 from effdl.core.surgery import SurgeryReport, count_parameters, dtype_of
@@ -55,10 +54,10 @@ def add_qk_norm(model: nn.Module, targets: Targets = None, exclude: Targets = No
     before = count_parameters(model)
     for layer in bare.values():
         _insert(layer)
-    whole = uncompiled(model)
-    everywhere = all(_has_norms(layer) for layer in _attentions(whole))
-    if everywhere and "qk_norm" in getattr(whole, "config", {}):
-        whole.register_to_config(qk_norm="rms_norm")
+    for part in model.modules():
+        configurable = "qk_norm" in (getattr(part, "config", None) or {}) and hasattr(part, "register_to_config")
+        if configurable and all(_has_norms(layer) for layer in _attentions(part)):
+            part.register_to_config(qk_norm="rms_norm")
     return SurgeryReport(tuple(bare), before, count_parameters(model))
 
 

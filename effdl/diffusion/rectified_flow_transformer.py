@@ -51,6 +51,18 @@ __all__ = [
     "integrate", "log_snr", "loss_weight", "resolution_shift", "shift_time", "sigma_grid", "timestep_sampler",
 ]  # fmt: skip
 
+PAPER = Paper(
+    slug="rectified-flow-transformer",
+    title="Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
+    authors=(
+        "Esser, Patrick", "Kulal, Sumith", "Blattmann, Andreas", "Entezari, Rahim", "Müller, Jonas",
+        "Saini, Harry", "Levi, Yam", "Lorenz, Dominik", "Sauer, Axel", "Boesel, Frederic", "Podell, Dustin",
+        "Dockhorn, Tim", "English, Zion", "Lacey, Kyle", "Goodwin, Alex", "Marek, Yannik", "Rombach, Robin",
+    ),
+    year=2024,
+    arxiv="2403.03206",
+    venue="ICML",
+)  # fmt: skip
 PAPER_TIME = TimeConvention(1000.0, False, 1.0)  # label 1000 t, output eps - x0, with t = 1 at the noise
 VALIDATION_TIMES = tuple((k + 0.5) / 8 for k in range(8))
 SHOWN = 10  # images in a row of samples.png
@@ -103,18 +115,7 @@ class RectifiedFlowModule(LightningModule):
         flow.save_pretrained("flow")                # UNet2DModel.from_pretrained("flow"), and its scheduler beside it
     """
 
-    paper: ClassVar[Paper] = Paper(
-        slug="rectified-flow-transformer",
-        title="Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
-        authors=(
-            "Esser, Patrick", "Kulal, Sumith", "Blattmann, Andreas", "Entezari, Rahim", "Müller, Jonas",
-            "Saini, Harry", "Levi, Yam", "Lorenz, Dominik", "Sauer, Axel", "Boesel, Frederic", "Podell, Dustin",
-            "Dockhorn, Tim", "English, Zion", "Lacey, Kyle", "Goodwin, Alex", "Marek, Yannik", "Rombach, Robin",
-        ),
-        year=2024,
-        arxiv="2403.03206",
-        venue="ICML",
-    )  # fmt: skip
+    paper: ClassVar[Paper] = PAPER
 
     def __init__(
         self,
