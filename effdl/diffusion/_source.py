@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from effdl.core.errors import check, check_integer
 from effdl.core.export import WEIGHTS, save_safetensors
+from effdl.core.fingerprint import fingerprint as weights_of
 from effdl.core.random import generator
 from effdl.core.teacher import Frozen
 from effdl.diffusion._denoiser import TimeConvention, call_network, convention_of, kind
@@ -57,7 +57,8 @@ class FlowSource:
             model = str(model)
             if (Path(model) / RECORD).is_file():
                 self.record = json.loads((Path(model) / RECORD).read_text())
-        self.network, self.pipeline, self.scheduler = _take_apart(model)
+        self.network, self._surroundings, self.scheduler = _take_apart(model)
+        self.pipeline = getattr(self._surroundings, "pipeline", None)
         parts = self.pipeline.components if self.pipeline is not None else {}
         beside = [part for role, part in parts.items() if isinstance(part, nn.Module) and role != self.role]
         self._frozen = [Frozen(part) for part in beside]
@@ -115,40 +116,21 @@ class FlowSource:
         for part in self._frozen:
             part.on(device)
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str], device: torch.device | str) -> Condition:
         """Text embeddings of prompts ``[B]`` as the network takes them: a tensor, or a dict for SD3."""
         check(hasattr(self.pipeline, "encode_prompt"), "prompt", prompts[0], "a pipeline with a text encoder")
-        self.to(device)
-        arguments = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        if self.role == "transformer":
-            text, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, None, **arguments)
-            return {"encoder_hidden_states": text, "pooled_projections": pooled}
-        found = self.pipeline.encode_prompt(list(prompts), **arguments)
-        check(len(found) == 2, "model", type(self.pipeline).__name__, "a Stable Diffusion 1.x, 2.x or 3 pipeline",
-              "Give embeddings as a dict of the network's arguments in the batch's 'condition'.")  # fmt: skip
-        return found[0]
+        found = self._surroundings.encode_prompts(list(prompts), device)
+        known, fix = "a Stable Diffusion 1.x, 2.x or 3 pipeline", "Give embeddings as 'condition' in the batch."
+        check("text_embeds" not in found, "model", type(self.pipeline).__name__, known, fix)
+        return found if len(found) > 1 else found["encoder_hidden_states"]
 
-    @torch.no_grad()
     def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """States of images in [-1, 1]: a sample of the VAE's posterior, shifted and scaled; the image without VAE."""
-        if self.vae is None:
-            return images
-        self.to(images.device)
-        config = self.vae.config
-        with torch.autocast(images.device.type, enabled=False):  # half precision overflows some VAEs
-            state = self.vae.encode(images.to(self.vae.dtype)).latent_dist.sample(generator).float()
-        return (state - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        return images if self.vae is None else self._surroundings.encode_images(images, generator)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of states; differentiable."""
-        if self.vae is None:
-            return latents
-        self.to(latents.device)
-        config = self.vae.config
-        state = latents.float() / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(state.to(self.vae.dtype), return_dict=False)[0].float()
+        return latents if self.vae is None else self._surroundings.decode_images(latents)
 
     @torch.no_grad()
     def solve(
@@ -244,24 +226,18 @@ class OnlineTeacher:
 
 
 def _take_apart(model: Any) -> tuple[Any, Any, Any]:
-    """Network, pipeline and noise scheduler, ``None`` for what there is not."""
+    """Network, surroundings and noise scheduler, ``None`` for what there is not."""
     if isinstance(model, nn.Module) or (callable(model) and not hasattr(model, "components")):
         return model, None, None  # without waking diffusers
     from effdl.tasks._diffusers import take_apart
 
     network, scheduler, surroundings = take_apart(model)
-    return network, surroundings.pipeline, scheduler
+    return network, surroundings, scheduler
 
 
 def fingerprint(network: Any) -> str:
     """Sixteen hex digits of a network's weights, ``""`` for a callable without any."""
-    if not isinstance(network, nn.Module):
-        return ""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return weights_of(network) if isinstance(network, nn.Module) else ""
 
 
 def merge_delta(
