@@ -14,7 +14,7 @@ from effdl.core.errors import check_choice
 from effdl.core.solvers import rk45
 from effdl.diffusion._flow import wide
 from effdl.diffusion._score_sde_equations import SDE, Score
-from effdl.diffusion._score_sde_samplers import check_finite, check_range, normal_like
+from effdl.diffusion._score_sde_samplers import check_finite, check_range, full_precision, normal_like
 
 PROBES = ("rademacher", "gaussian", "exact")
 
@@ -108,7 +108,8 @@ def likelihood(
         return check_finite(torch.cat([value.flatten(1), trace[:, None]], 1), f"the ODE at t = {time:.3g}")
 
     begin = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1)
-    end = rk45(slope, begin, eps, 1.0, tolerance)
+    with full_precision(x):
+        end = rk45(slope, begin, eps, 1.0, tolerance)
     latent = end[:, :size].reshape(x.shape)
     log_density = sde.prior_log_density(latent) + end[:, size]
     return Likelihood(-log_density / (size * math.log(2)) + offset, log_density, latent, calls)

@@ -226,7 +226,13 @@ def solve_flow(
     def slope(time: float, state: Tensor) -> Tensor:
         return check_finite(sde.flow(score, state, state.new_full((len(state),), time)), f"the ODE at t = {time:.3g}")
 
-    return rk45(slope, wide(x), start, end, tolerance, per_sample)
+    with full_precision(x):
+        return rk45(slope, wide(x), start, end, tolerance, per_sample)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """No autocast: the rounding of half precision is far above an ODE's tolerance, and would stall the solver."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -230,6 +230,19 @@ def test_likelihood_works_under_inference_mode_and_leaves_no_graph():
     assert not outside.bits.requires_grad
 
 
+def test_the_ode_is_solved_in_full_precision_under_autocast():
+    sde, net = VP(), torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        net.weight.copy_(0.3 * torch.eye(2))
+    score, x = ScoreAdapter(lambda x, label: net(x), sde), torch.randn(3, 2, generator=generator())
+    want = likelihood(sde, score, x, "exact"), solve_flow(sde, score, x, 1e-5, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = likelihood(sde, score, x, "exact"), solve_flow(sde, score, x, 1e-5, 1.0)
+        assert score(x, torch.ones(3)).dtype == torch.float32
+    assert torch.equal(want[0].bits, got[0].bits)
+    assert torch.equal(want[1], got[1])
+
+
 def test_dequantised_data_and_a_warning_without():
     grey = torch.randint(16, (64, 64), generator=generator())
     images = grey / 15 * 2 - 1
