@@ -10,23 +10,22 @@ from effdl.core.contract import ContractExample
 from effdl.core.random import generator
 from effdl.data.loading import ResumableLoader
 
-TEACHER = {
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "cross_attention_dim": 3, "attention_head_dim": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "block_out_channels": [8, 16], "norm_num_groups": 4,
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 2, "transformer_layers_per_block": [1, 2],
-}  # fmt: skip
-
 
 def example() -> ContractExample:
     """A U-Net on one-hot classes loses a pair per stage and a transformer layer."""
+    from effdl.tasks.tiny import tiny_condition_unet
+
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+              "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}  # fmt: skip
+    layers = {"layers_per_block": 2, "transformer_layers_per_block": (1, 2), "block_out_channels": (8, 16)}
+    unet = tiny_condition_unet(8, 1, 3, norm_num_groups=4, **blocks, **layers)
     return ContractExample(
-        kwargs={"teacher": TEACHER, "depth": [1, 1], "optimizer": sgd},
+        kwargs={"teacher": unet, "depth": [1, 1], "optimizer": sgd},
         bad={
             "teacher": [3, torch.nn.Identity()], "layers_per_block": [0, 3], "depth": [0, 3, [1, 3], [1, 1, 1]],
-            "mid": 1, "student": {**TEACHER, "out_channels": 2}, "features": ["self", [], {"mid_block": "middle"}],
-            "tap": ["map", "probs"], "lambda_task": -1.0, "lambda_out": -1.0, "lambda_feature": -1.0,
-            "noise_scheduler": 3, "prediction": "score", "seed": -1,
+            "mid": 1, "student": [unet, {**unet.config, "out_channels": 2}],
+            "features": ["self", [], {"mid_block": "middle"}], "tap": ["map", "probs"], "lambda_task": -1.0,
+            "lambda_out": -1.0, "lambda_feature": -1.0, "noise_scheduler": 3, "prediction": "score", "seed": -1,
             "optimizer": ContractExample.ANY, "scheduler": ContractExample.ANY,
         },
         data=pictures,

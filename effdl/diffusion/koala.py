@@ -1,16 +1,16 @@
 """koala: cut a latent U-Net down and teach it the large one's self-attention.
 
-The surgery is :mod:`effdl.diffusion._unet_shrink`, where features are compared :mod:`effdl.diffusion._koala_features`.
+Surgery: :mod:`effdl.diffusion._unet_shrink`; which features: :mod:`effdl.diffusion._koala_features`; losses:
+:mod:`effdl.diffusion._koala_loss`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -24,61 +24,18 @@ from effdl.core.paper import Paper
 from effdl.core.surgery import dtype_of
 from effdl.core.teacher import Frozen
 from effdl.diffusion._koala_features import FEATURES, feature_pairs, paired, recorded
+from effdl.diffusion._koala_loss import DistillationLoss, distillation_loss, mean_square
 from effdl.diffusion._koala_report import describe, draw_beside
 from effdl.diffusion._sdxl import sdxl_condition
 from effdl.diffusion._unet_shrink import KOALA_1B, KOALA_700M, PerStage, ShrinkSpec, shrink_unet, teacher_name
 from effdl.tasks._diffusers import take_apart
 from effdl.tasks.diffusion import Denoising, DiffusionModule
+from effdl.tasks.tiny import tiny_stable_diffusion
 
 __all__ = [
     "FEATURES", "KOALA_1B", "KOALA_700M", "DistillationLoss", "KOALADistillationModule", "ShrinkSpec",
     "distillation_loss", "feature_pairs", "recorded", "shrink_unet", "teacher_name",
 ]  # fmt: skip
-
-
-class DistillationLoss(NamedTuple):
-    """The scalar ``total`` and its parts: ``task``, ``out``, and the layers' losses (L,) of every feature."""
-
-    total: Tensor
-    task: Tensor
-    out: Tensor
-    features: dict[str, Tensor]
-
-
-def distillation_loss(
-    target: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    features: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]],
-    lambda_task: float = 1.0,
-    lambda_out: float = 1.0,
-    lambda_feature: float = 1.0,
-) -> DistillationLoss:
-    """``l_t |eps - eps_S|^2 + l_o |eps_T - eps_S|^2 + l_f sum_l |f_T^l - f_S^l|^2``; KOALA, eq. 1-3.
-
-    Each square is the mean over its elements, in float32 at least; the sum over layers is plain and grows with depth.
-
-    Args:
-        target: what is to be predicted, the noise (B, C, H, W).
-        student, teacher: the two predictions (B, C, H, W).
-        features: ``{feature: (the student's tensors, the teacher's)}``, pairs of equal shape.
-        lambda_task, lambda_out, lambda_feature: weights >= 0.
-
-    Example::
-
-        loss = distillation_loss(eps, eps_s, eps_t, {"sa": (student_features, teacher_features)}).total
-    """
-    task, out = _mean_square(student, target), _mean_square(student, teacher)
-    each = {
-        name: torch.stack([_mean_square(s, t) for s, t in zip(ours, theirs, strict=True)])
-        for name, (ours, theirs) in features.items()
-    }
-    summed = sum(losses.sum() for losses in each.values())
-    return DistillationLoss(lambda_task * task + lambda_out * out + lambda_feature * summed, task, out, each)
-
-
-def _mean_square(a: Tensor, b: Tensor) -> Tensor:
-    return F.mse_loss(*(x if x.dtype == torch.float64 else x.float() for x in (a, b)))
 
 
 class KOALADistillationModule(DiffusionModule):
@@ -97,8 +54,9 @@ class KOALADistillationModule(DiffusionModule):
     ===================== ========================================= ==========
 
     Args:
-        teacher: a ``UNet2DConditionModel`` or a whole pipeline, a folder of either, a hub id, a configuration. Frozen,
-            outside the checkpoint; a teacher distilled to few steps gives a student of few steps.
+        teacher: a ``UNet2DConditionModel`` or a whole pipeline, a folder of either, a hub id, a configuration;
+            ``"tiny"``: an untrained Stable Diffusion, to try things. Frozen, outside the checkpoint; a teacher of few
+            steps gives a student of few steps.
         layers_per_block: pairs of a down stage that stay, one number or one per stage; ``None``: all.
         depth: transformer layers of an attention that stay, one number or one per stage; ``None``: all.
         mid: whether the middle stays.
@@ -146,7 +104,7 @@ class KOALADistillationModule(DiffusionModule):
 
     def __init__(
         self,
-        teacher: nn.Module | dict[str, Any] | str,
+        teacher: nn.Module | dict[str, Any] | str = "tiny",
         layers_per_block: int | list[int] | None = 1,
         depth: int | list[int] | None = None,
         mid: bool = True,
@@ -169,7 +127,8 @@ class KOALADistillationModule(DiffusionModule):
         kinds = (nn.Module, DiffusionPipeline, Mapping, str)
         check(isinstance(teacher, kinds), "teacher", teacher, "a U-Net, a pipeline, a folder of one or a configuration")
         spec = ShrinkSpec(_plain(layers_per_block), _plain(depth), mid)
-        network, own, surroundings = take_apart(teacher)
+        tiny = tiny_stable_diffusion(layers_per_block=2) if teacher == "tiny" else None
+        network, own, surroundings = take_apart(tiny or teacher)
         fix = "Give the student too, and a map of modules as features."
         check(student is not None or _stock(network), "teacher", type(network).__name__, "a stock U-Net to cut", fix)
         small = shrink_unet(network, spec)[0].float() if student is None else _given(student, network)
@@ -224,7 +183,7 @@ class KOALADistillationModule(DiffusionModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
         outputs, self._validated = self._validated, None
-        error = _mean_square(outputs.prediction, self.teach(outputs))
+        error = mean_square(outputs.prediction, self.teach(outputs))
         self.log("koala/val_out", error, prog_bar=True, sync_dist=True, batch_size=len(outputs.noisy))
         if batch_idx == 0:
             self.example = outputs.noisy, outputs.timesteps, outputs.condition

@@ -283,6 +283,7 @@ def test_a_map_of_ones_own_and_any_two_networks():
         module_of(small(only_cross_attention=True))
     with pytest.raises(ConfigurationError, match="features='sa'"):
         KOALADistillationModule(tiny_unet(8, 1, layers_per_block=2))
+    assert KOALADistillationModule().pipeline.unet.config.layers_per_block == 1
 
 
 def test_gradient_checkpointing_changes_no_gradient():
