@@ -151,9 +151,7 @@ def _tokenizer(name: str) -> Any:
 
 
 @lru_cache(maxsize=4)
-def _read(
-    name: str, changed: int, subset: str | None, text_key: str, tokenizer: str, val: float
-) -> dict[str, Tensor]:
+def _read(name: str, changed: int, subset: str | None, text_key: str, tokenizer: str, val: float) -> dict[str, Tensor]:
     """Tokens of the three splits, int32 (M,), kept in memory for the next data module of the process."""
     texts = split_text(_texts(name, subset, text_key), val)
     encode = _tokenizer(tokenizer).encode
