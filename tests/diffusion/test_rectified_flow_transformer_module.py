@@ -124,6 +124,15 @@ def test_validation_is_the_loss_at_eight_fixed_times():
     assert logged["val/loss"] == pytest.approx(sum(expected) / 8, rel=1e-5)
 
 
+def test_compiled_network_and_accumulation():
+    module = RectifiedFlowModule(Plane())
+    module.model.compile(backend="eager")
+    trainer = Trainer(max_epochs=1, accumulate_grad_batches=4, **QUIET)
+    trainer.fit(module, DataLoader([points()] * 8, batch_size=None))
+    assert trainer.global_step == 2
+    assert set(module.state_dict()) == {"model.net.weight", "model.net.bias"}
+
+
 # --- conditions --------------------------------------------------------------------------------------------------
 
 
