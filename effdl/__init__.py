@@ -21,6 +21,7 @@ _EXPORTS = {
     "AdjointDPMModule": "effdl.diffusion.adjoint_dpm",
     "AdjointSampler": "effdl.diffusion.adjoint_dpm",
     "ConfigurationError": "effdl.core.errors",
+    "DiffusionFeaturesModule": "effdl.diffusion.diffusion_classification",
     "DiffusionModule": "effdl.tasks.diffusion",
     "ELRImageClassifier": "effdl.training.elr",
     "ELRLossMixin": "effdl.training.elr",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from effdl.compression.rnn_sparsity_models import SparseGraphRNNModule
     from effdl.core.errors import ConfigurationError
     from effdl.diffusion.adjoint_dpm import AdjointDPMModule, AdjointSampler
+    from effdl.diffusion.diffusion_classification import DiffusionFeaturesModule
     from effdl.diffusion.instaflow import ReflowModule
     from effdl.diffusion.koala import KOALADistillationModule
     from effdl.diffusion.rectified_flow_transformer import RectifiedFlowModule
@@ -70,6 +72,7 @@ __all__ = [
     "AdjointDPMModule",
     "AdjointSampler",
     "ConfigurationError",
+    "DiffusionFeaturesModule",
     "DiffusionModule",
     "ELRImageClassifier",
     "ELRLossMixin",

@@ -166,18 +166,25 @@ def _text_arguments(pipeline: DiffusionPipeline | None) -> list[str]:
     return names
 
 
-def call(network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: dict[str, Any], factor: int = 1) -> Tensor:
-    """One forward pass of a U-Net, a transformer, or any ``network(noisy, timesteps, **condition)``.
+def arguments(noisy: Tensor, condition: dict[str, Any], factor: int = 1) -> dict[str, Any]:
+    """A condition as the network's forward takes it.
 
     For Stable Diffusion XL ``text_embeds`` and ``time_ids`` (B, 6) become its ``added_cond_kwargs``; without
     ``time_ids`` an image is said to be whole and of the size that it has, ``factor`` pixels per latent.
     """
-    if "text_embeds" in condition:
-        condition = dict(condition)
-        height, width = (factor * side for side in noisy.shape[-2:])
-        ids = noisy.new_tensor([height, width, 0, 0, height, width]).expand(len(noisy), 6)
-        added = {"text_embeds": condition.pop("text_embeds"), "time_ids": condition.pop("time_ids", ids)}
-        condition["added_cond_kwargs"] = added
+    if "text_embeds" not in condition:
+        return condition
+    condition = dict(condition)
+    height, width = (factor * side for side in noisy.shape[-2:])
+    ids = noisy.new_tensor([height, width, 0, 0, height, width]).expand(len(noisy), 6)
+    added = {"text_embeds": condition.pop("text_embeds"), "time_ids": condition.pop("time_ids", ids)}
+    return {**condition, "added_cond_kwargs": added}
+
+
+def call(network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: dict[str, Any], factor: int = 1) -> Tensor:
+    """One forward pass of a U-Net, a transformer, or any ``network(noisy, timesteps, **condition)``; see
+    :func:`arguments`."""
+    condition = arguments(noisy, condition, factor)
     if "pooled_projections" in condition:
         output = network(hidden_states=noisy, timestep=timesteps, **condition)
     else:
