@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,8 @@ from effdl.core.quantizers import QuantizedWeight
 from effdl.diffusion._ptq4dm_samples import Samples, call
 from effdl.diffusion._ptq4dm_settings import Settings
 from effdl.diffusion.ptq4dm import best_candidate, candidate_errors, side_of
+
+BINS = 2**16  # of a histogram: 256 in each step of the widest 8-bit range
 
 
 @contextlib.contextmanager
@@ -31,15 +34,17 @@ def rounded_weights(layers: dict[str, nn.Module], records: dict[str, QuantizedWe
 
 
 class RangeSearch:
-    """One range over many tensors: extremes in a first pass, errors of all candidates in a second.
+    """One range over many tensors, each shown three times: extremes, then a histogram, which tells the few candidates
+    that can be best, then the errors of these.
 
-    It keeps a hundred numbers, and the result does not depend on the order or the size of the batches.
+    It is the search of all tensors at once: the result does not depend on the order or the size of the batches.
     """
 
     def __init__(self, bits: int, p: float, candidates: int) -> None:
-        self.bits, self.p, self.candidates = bits, p, candidates
+        self.find = (bits, p, candidates)
         self.low, self.high = float("inf"), float("-inf")
-        self.errors: Tensor | None = None
+        self.counts = self.errors = None
+        self.among: set[int] = set()
         self.count = 0
 
     def see(self, x: Tensor) -> None:
@@ -54,18 +59,34 @@ class RangeSearch:
     def _largest(self, device: torch.device) -> Tensor:
         return torch.tensor([max(abs(self.low), abs(self.high))], device=device)
 
-    def score(self, x: Tensor) -> None:
+    def tally(self, x: Tensor) -> None:
         """Second pass, over the same tensors."""
+        low, high = self.low, max(self.high, self.low + 1e-30)  # of constants
+        now = torch.histc(x.detach().float(), BINS, low, high).double()
+        self.counts = now if self.counts is None else self.counts + now
+
+    def shorten(self) -> None:
+        """The candidates whose error is within a twentieth of the best, by the middles of the bins."""
+        filled = torch.nonzero(self.counts)[:, 0]
+        middles = self.low + (filled + 0.5) * ((self.high - self.low) / BINS)
+        given = (middles[None], self._largest(filled.device), self.side, *self.find)
+        errors = candidate_errors(*given, counts=self.counts[filled])[:, 0]
+        self.among = {int(i) + 1 for i in torch.nonzero(errors <= 1.05 * errors.min())}
+        self.counts = None
+
+    def score(self, x: Tensor) -> None:
+        """Third pass."""
         row = x.detach().float().reshape(1, -1)
-        errors = candidate_errors(row, self._largest(x.device), self.side, self.bits, self.p, self.candidates)
+        errors = candidate_errors(row, self._largest(x.device), self.side, *self.find, among=self.among)
         self.errors = errors if self.errors is None else self.errors + errors
         self.count += row.shape[1]
 
     def record(self) -> QuantizedInput:
         """The best range."""
-        found = best_candidate(self.errors, self._largest(self.errors.device), self.side, self.bits, self.count)
+        bits = self.find[0]
+        found = best_candidate(self.errors, self._largest(self.errors.device), self.side, bits, self.count)
         zero = torch.tensor([found.zero_point], dtype=torch.int32, device=found.delta.device)
-        return QuantizedInput(found.delta, zero, self.bits)
+        return QuantizedInput(found.delta, zero, bits)
 
 
 class Measurement:
@@ -127,6 +148,9 @@ class Measurement:
                 f"exclude: the network never calls {missing[:5]} (attention of torch.nn reads its weights directly). "
                 "Exclude them, or use layers that are called."
             )
+        self._pass(layers, upstream, lambda name, x: note(name, x, RangeSearch.tally))
+        for search in itertools.chain(*searches.values()):
+            search.shorten()
         self._pass(layers, upstream, lambda name, x: note(name, x, RangeSearch.score))
         found = {name: [search.record() for search in parts] for name, parts in searches.items()}
         return {n: QuantizedInput.joined(r, self._cuts[n]) if n in self._cuts else r[0] for n, r in found.items()}

@@ -28,8 +28,8 @@ class Settings:
         p: of the error |x - x_q|^p, 1 to 4 (2: mean square, 1: absolute).
         candidates: ranges tried.
         split_shortcut: two ranges for layers that read a skip concatenation, whose halves differ.
-        sequential: a layer's input is measured behind quantised layers, two passes for each layer; otherwise all
-            inputs in the same two passes, behind quantised weights alone.
+        sequential: a layer's input is measured behind quantised layers, three passes for each layer; otherwise all
+            inputs in the same three passes, behind quantised weights alone.
         adaround: learn to round weights up or down, block by block (:mod:`effdl.diffusion._ptq4dm_rounding`).
         iterations: of AdaRound, for each block.
         seed: of steps, noise and stochastic samplers.

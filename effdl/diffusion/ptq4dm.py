@@ -96,21 +96,36 @@ def rounded(x: Tensor, delta: Tensor, zero_point: int, bits: int) -> Tensor:
     return (x / delta).round_().clamp_(-zero_point, 2**bits - 1 - zero_point).mul_(delta)
 
 
-def candidate_errors(rows: Tensor, largest: Tensor, side: str, bits: int, p: float, candidates: int) -> Tensor:
+def candidate_errors(
+    rows: Tensor,
+    largest: Tensor,
+    side: str,
+    bits: int,
+    p: float,
+    candidates: int,
+    counts: Tensor | None = None,
+    among: set[int] | None = None,
+) -> Tensor:
     """Sums of |x - x_q|^p over each row, for theta = largest i / candidates, i = 1 .. candidates.
 
     Args:
         rows: [C, n], float32 or float64.
         largest: max |x| of each row, [C]; of more batches than this one, where there are more.
+        counts: how often each column counts, float64 [n]; default once.
+        among: the i that are asked for; infinity is said of others. Default all.
 
     Returns:
         float64 [candidates, C].
     """
     errors = []
     for i in range(1, candidates + 1):
+        if among is not None and i not in among:
+            errors.append(torch.full_like(largest, float("inf"), dtype=torch.float64))
+            continue
         delta, zero = grid(largest * (i / candidates), side, bits)
-        difference = rounded(rows, delta[:, None], zero, bits).sub_(rows).abs_()
-        errors.append(difference.pow_(p).sum(1, dtype=torch.float64))
+        difference = rounded(rows, delta[:, None], zero, bits).sub_(rows).abs_().pow_(p)
+        summed = difference.sum(1, dtype=torch.float64) if counts is None else difference.double() @ counts
+        errors.append(summed)
     return torch.stack(errors)
 
 

@@ -221,17 +221,26 @@ def test_must_04_no_candidate_is_better(bits, kind):
         assert found.theta < largest
 
 
-def test_must_04_pooled_over_batches_is_the_search_of_all_of_them():
-    parts = [gaussian(60, 5, seed=i) * (1 + i) for i in range(4)]
-    whole = search_range(torch.cat(parts), 8)
+@pytest.mark.parametrize("kind", ["signed", "heavy-tailed", "positive", "constant", "zero"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_must_04_pooled_over_batches_is_the_search_of_all_of_them(kind, bits):
+    parts = [gaussian(60, 50, seed=i) * (1 + i) for i in range(4)]
+    change = {"signed": lambda x: x, "heavy-tailed": lambda x: x**5, "positive": torch.abs,
+              "constant": lambda x: x * 0 - 3, "zero": lambda x: x * 0}[kind]  # fmt: skip
+    parts = [change(part) for part in parts]
+    whole = search_range(torch.cat(parts), bits)
     for order in (parts, parts[::-1]):
-        search = RangeSearch(8, 2.4, 100)
-        for step in (search.see, search.score):
+        search = RangeSearch(bits, 2.4, 100)
+        for step in (search.see, search.tally, search.score):
             for part in order:
                 step(part)
+            if step == search.tally:
+                search.shorten()
         assert float(search.record().scale) == pytest.approx(float(whole.delta), rel=1e-6)
-        assert int(search.record().zero_point) == whole.zero_point == 128
-    assert float(moving_range(parts)[1]) != pytest.approx(float(moving_range(parts[::-1])[1]), rel=1e-3)
+        assert int(search.record().zero_point) == whole.zero_point
+        assert len(search.among) < 25 or kind == "zero"
+    if kind == "signed":
+        assert float(moving_range(parts)[1]) != pytest.approx(float(moving_range(parts[::-1])[1]), rel=1e-3)
 
 
 def test_must_05_layers_are_integer_and_the_edges_eight_bits():
