@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdjointDPMModule": "effdl.diffusion.adjoint_dpm",
     "AdjointSampler": "effdl.diffusion.adjoint_dpm",
+    "AutoencoderModule": "effdl.tasks.autoencoder",
     "ConfigurationError": "effdl.core.errors",
     "DiffusionFeaturesModule": "effdl.diffusion.diffusion_classification",
     "DiffusionModule": "effdl.tasks.diffusion",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from effdl.diffusion.rectified_flow_transformer import RectifiedFlowModule
     from effdl.diffusion.score_sde import ScoreSDEModule
     from effdl.diffusion.smooth_diffusion import SmoothDiffusionMixin, SmoothDiffusionModule
+    from effdl.tasks.autoencoder import AutoencoderModule
     from effdl.tasks.diffusion import DiffusionModule
     from effdl.tasks.image import ImageClassifier
     from effdl.tasks.language import LanguageModel
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdjointDPMModule",
     "AdjointSampler",
+    "AutoencoderModule",
     "ConfigurationError",
     "DiffusionFeaturesModule",
     "DiffusionModule",

@@ -126,12 +126,12 @@ class Surroundings:
 
     def unconditional(self, device: torch.device | str) -> dict[str, Tensor]:
         """What the pipeline guides away from, for one image: the empty prompt, or zeros where it is told so (XL)."""
-        if not self._empty:
-            empty = self.encode_prompts([""], device)
-            if self.pipeline.config.get("force_zeros_for_empty_prompt"):
-                empty = {name: torch.zeros_like(value) for name, value in empty.items()}
-            self._empty = empty
-        self._empty = {name: value.to(device) for name, value in self._empty.items()}
+        with torch.inference_mode(False):  # asked for in a validation, it must still serve in training
+            if not self._empty:
+                self._empty = self.encode_prompts([""], device)
+                if self.pipeline.config.get("force_zeros_for_empty_prompt"):
+                    self._empty = {name: torch.zeros_like(value) for name, value in self._empty.items()}
+            self._empty = {name: value.to(device) for name, value in self._empty.items()}
         return self._empty
 
     @torch.no_grad()

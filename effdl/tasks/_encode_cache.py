@@ -173,7 +173,8 @@ def _sizes(surroundings: Surroundings) -> Iterator[Any]:
     """What of the tokenizers decides the tokens of a text."""
     for name, part in surroundings.pipeline.components.items():
         if name.startswith("tokenizer") and part is not None:
-            yield [len(part), part.model_max_length, part("a photo of 1 cat, please!").input_ids]
+            ids = part("a photo of 1 cat, please!", truncation=True).input_ids
+            yield [len(part), part.model_max_length, ids]
 
 
 def fetch(loader: Any, rows: Sequence[int]) -> dict[str, Any]:

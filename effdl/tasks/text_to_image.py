@@ -204,6 +204,11 @@ class TextToImageModule(DiffusionModule):
             self._shown = self.prompts or (prompts_of(batch) or [])[:SHOWN]
             self._show()  # here, where an average of the weights is in its place
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Samples (B, C, H, W) in [-1, 1] for the prompts of the batch, with ``steps`` and ``guidance``."""
+        text, seed = self.condition(batch), [self.seed, 3, batch_idx, self.global_rank]
+        return self._sample(len(text["encoder_hidden_states"]), text, seed, self.steps or 25, self.guidance)
+
     def on_train_epoch_end(self) -> None:
         if not self.trainer.val_dataloaders or self.trainer.limit_val_batches == 0:
             self._shown = self.prompts or []
@@ -249,7 +254,7 @@ class TextToImageModule(DiffusionModule):
     def _from_cache(self, batch: Any, dataloader_idx: int) -> Any:
         """Before the batch goes to the device, so that its positions are read without waiting for that."""
         name = "train" if self.trainer.training else f"validation {dataloader_idx}"
-        fitting = self.trainer.training or self.trainer.validating
+        fitting = self.trainer.state.fn == "fit"  # the cache is that of its loaders
         return self._cache.encoded(name, batch) if fitting and name in self._cache.images else batch
 
     # Adapters

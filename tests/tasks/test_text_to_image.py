@@ -293,6 +293,41 @@ def test_targets_choose_the_layers():
     assert {name.split(".")[-4] for name in module.state_dict() if "lora_A" in name} == {"to_v"}
 
 
+def test_an_adapter_with_an_average_of_the_weights_goes_on_exactly(tmp_path):
+    average = partial(EMAWeightAveraging, decay=0.5)
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, resumed = make(rank=2), make(rank=2)
+    fit(whole, tmp_path, callbacks=[average(), saving], max_steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(resumed, tmp_path, callbacks=[average()], max_steps=3, ckpt_path=str(tmp_path / "step=2.ckpt"))
+    assert same(whole.state_dict(), resumed.state_dict())
+    make().load_state_dict(torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"], strict=True)
+
+
+def test_a_sparse_part_of_the_weights_is_trained_through_its_callback(tmp_path):
+    from effdl.callbacks import SaRACallback
+
+    module = make()
+    before = copy.deepcopy(module.state_dict())
+    fit(module, tmp_path, callbacks=[SaRACallback()])
+    changed = sum(int((before[name] != value).sum()) for name, value in module.state_dict().items())
+    assert 0 < changed < 0.5 * sum(value.numel() for value in before.values())
+
+
+def test_validating_and_predicting_alone(tmp_path):
+    module = make("tiny-3", steps=2, guidance=2.0, cache=tmp_path / "cache")
+    fit(module, tmp_path)
+    options = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_checkpointing": False}
+    trainer = L.Trainer(limit_predict_batches=1, limit_val_batches=1, **options)
+    (metrics,) = trainer.validate(module, data(12), verbose=False)  # other data than the cache's
+    assert metrics["val/loss"] > 0
+    (images,) = trainer.predict(module, data(12))
+    assert images.shape == (4, 3, 16, 16)
+    outputs = module.denoise(batch(dropped=torch.tensor([True, False])))
+    module.compute_loss(outputs, batch()).backward()  # what was made in inference mode serves in training
+
+
 # Sample grids
 
 
