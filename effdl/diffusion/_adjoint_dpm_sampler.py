@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
 from effdl.core.noise import TableVP, VPSchedule, convert
 from effdl.core.solvers import FIXED_GRID, odeint
 from effdl.diffusion._adjoint_dpm_ode import adjoint_odeint, check_steps
 from effdl.diffusion._denoiser import call_network
-from effdl.diffusion._flow import Condition, concatenate, wide
+from effdl.diffusion._flow import Condition, wide
 
 SKIPS = ("time_uniform", "logSNR", "time_quadratic")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -82,7 +82,8 @@ def guided_noise(
         return predict(x, t, condition)
     if scale == 0:
         return predict(x, t, null)
-    free, bound = predict(torch.cat([x, x]), torch.cat([t, t]), concatenate(null, condition)).chunk(2)
+    both = tree_map(lambda *halves: torch.cat(halves), null, condition)
+    free, bound = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     return free + scale * (bound - free)
 
 
