@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effdl.core.pictures import image_grid, save_picture
 from effdl.diffusion._flow import Condition
 
 
@@ -36,10 +37,4 @@ def save_rows(rows: Sequence[Tensor], path: Path) -> Path | None:
     """Rows of images ``[B, C, H, W]`` in [-1, 1], one below the other; ``None`` where the states are no images."""
     if rows[0].dim() != 4 or rows[0].shape[1] not in (1, 3):
         return None
-    from torchvision.utils import make_grid, save_image
-
-    images = torch.cat(list(rows)).float().cpu().clamp(-1, 1)
-    grid = make_grid(images, nrow=len(rows[0]), value_range=(-1, 1), normalize=True)
-    zoom = max(1, 64 // images.shape[-1])
-    save_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), path)
-    return path
+    return save_picture(image_grid(torch.cat(list(rows)), len(rows[0])), path)

@@ -387,7 +387,10 @@ def test_with_a_cache_encoders_are_not_called_again(tmp_path, monkeypatch):
     monkeypatch.setattr(type(again.surroundings), "image_moments", refuse)
     monkeypatch.setattr(again.surroundings.text_encoder.module, "forward", refuse)
     again.surroundings._empty = make().surroundings.unconditional("cpu")
+    moved = []
+    monkeypatch.setattr(again.surroundings, "to", moved.append)
     fit(again, tmp_path, max_steps=4)
+    assert set(moved) == {"cpu"}  # before the first step, and after a sample grid
 
 
 def test_a_stopped_pass_goes_on_and_other_data_makes_another(tmp_path, monkeypatch):
