@@ -37,6 +37,15 @@ class DenoiserCall:
         return torch.randn(rows, *self.x_t.shape[1:], generator=stream, device=self.x_t.device)
 
 
+def require_first(cls: type, mixin: type) -> None:
+    """Raise where a class with a training step of its own stands ahead of the mixin."""
+    ahead = cls.__mro__[: cls.__mro__.index(mixin)]
+    wrong = [c.__name__ for c in ahead if "training_step" in vars(c) and not issubclass(c, mixin)]
+    if wrong:
+        name = mixin.__name__
+        raise ConfigurationError(f"{name} must come first: class {cls.__name__}({name}, {wrong[0]}).")
+
+
 def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
     """The diffusion network of a LightningModule: the one named, else by its usual names, else the only child.
 

@@ -34,6 +34,7 @@ from effdl.diffusion._smooth_diffusion_tap import (
     find_network,
     find_schedule,
     is_compiled,
+    require_first,
     tap_denoiser,
     twice_differentiable,
 )
@@ -78,9 +79,9 @@ class SmoothDiffusionMixin:
     stock architecture's with the adapter folded in, adapter and running mean lie in
     ``checkpoint["effdl"]["smooth-diffusion"]``, and a resumed run goes on exactly.
 
-    The network is differentiated twice: more than twice the time and memory of a plain step; ``every`` spares it.
-    Meanwhile attention runs through torch's math kernel and compiled parts run eagerly. Gradient checkpointing must be
-    ``use_reentrant=False``. In several processes the mean of r is that of all.
+    The network is differentiated twice: more than twice the time and memory of a plain step; ``every`` spares it. In
+    such steps attention runs through torch's math kernel and compiled parts run eagerly; gradient checkpointing must
+    be ``use_reentrant=False``. In several processes the mean of r is that of all.
 
     Args:
         lambda_reg: weight of the penalty, >= 0; 0 leaves the second backward out altogether.
@@ -96,14 +97,12 @@ class SmoothDiffusionMixin:
 
     Suggested: the paper trains a rank 8 LoRA of SD 1.5 with AdamW 1e-4 (weight decay 1e-2), gradients clipped at 1
     (near t = T the estimate divides by 0.07), batch 96 at 512 px for 30,000 steps on LAION aesthetics 6.5+.
-    Fails when: lambda_reg is so large that images blur (watch the module's own loss), or attention has no second
-    derivative (xformers, flash).
+    Fails when: lambda_reg blurs images (watch the module's own loss); attention is xformers' or flash.
 
     Logs ``smooth-diffusion/penalty``, ``/variation`` (mean r of the batch) and ``/mean_variation`` (a).
 
     Raises:
-        ConfigurationError: a value out of range, manual optimisation, no network or schedule found, a network that
-            ignores its input or cannot be differentiated twice.
+        ConfigurationError: a value out of range, manual optimisation, no network or schedule, no second derivative.
         MissingExtraError: ``rank`` without peft.
 
     Example::
@@ -146,11 +145,7 @@ class SmoothDiffusionMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        before = cls.__mro__[: cls.__mro__.index(SmoothDiffusionMixin)]
-        wrong = [c.__name__ for c in before if "training_step" in vars(c) and not issubclass(c, SmoothDiffusionMixin)]
-        if wrong:
-            order = f"class {cls.__name__}(SmoothDiffusionMixin, {wrong[0]})"
-            raise ConfigurationError(f"SmoothDiffusionMixin must come first: {order}.")
+        require_first(cls, SmoothDiffusionMixin)
 
     def _smooth_denoiser(self) -> nn.Module:
         return find_network(self, self.smooth_network)
@@ -174,7 +169,7 @@ class SmoothDiffusionMixin:
         self.diffusion_schedule()
         self.variation.restart()
         if self.lambda_reg and is_compiled(self):
-            rank_zero_warn("smooth-diffusion differentiates twice, compiled code cannot: training steps run eagerly.")
+            rank_zero_warn("compiled code is not differentiable twice: smooth-diffusion's training steps run eagerly.")
 
     def diffusion_schedule(self) -> tuple[Tensor, str]:
         """``(alpha-bar [T], prediction)``; override it where the module keeps no scheduler with ``alphas_cumprod``."""
@@ -247,10 +242,10 @@ class SmoothDiffusionModule(SmoothDiffusionMixin, DiffusionModule):
 
     Logs ``val/istd`` after each validation: the spread of adjacent images' distances along ``istd_pairs`` noise
     interpolations (10 points, DDIM with 20 steps) under the conditions of the first validation batch; lower is
-    smoother. ``figures/interpolation.png`` shows the paths.
+    smoother (Lightning's sanity check takes that of the start). ``figures/interpolation.png`` shows the paths.
 
     Args:
-        istd_pairs: paths for ``val/istd``, 200 network calls each; 0 leaves it out.
+        istd_pairs: paths for ``val/istd``, 200 network calls each; 0 leaves it out. Below 20 it is noisy.
 
     Example::
 
@@ -265,6 +260,7 @@ class SmoothDiffusionModule(SmoothDiffusionMixin, DiffusionModule):
         super().__init__(*args, **kwargs)
         self.istd_pairs = istd_pairs
         self._smooth_shown: dict[str, Tensor] | None = None
+        self._smooth_before: dict[str, Any] = {}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
@@ -280,8 +276,17 @@ class SmoothDiffusionModule(SmoothDiffusionMixin, DiffusionModule):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        if self.istd_pairs and self._smooth_shown is not None and not self.trainer.sanity_checking:
-            self.log("val/istd", interpolation_std(self._smooth_paths(self.istd_pairs)), sync_dist=True)
+        if not self.istd_pairs or self._smooth_shown is None:
+            return
+        value = interpolation_std(self._smooth_paths(self.istd_pairs))
+        if not self.trainer.sanity_checking:
+            self.log("val/istd", value, sync_dist=True)
+        elif self.global_step == 0:
+            self._smooth_before = {"name": "before", "metrics": {"val/istd": value.item()}}
+
+    def report(self) -> dict[str, Any]:
+        """``val/istd`` of the weights that training started from, for the run's report."""
+        return {"before": self._smooth_before} if self._smooth_before else {}
 
     def figures(self, folder: Path) -> None:
         """``interpolation.png``: one path per row."""

@@ -231,6 +231,9 @@ def test_istd_is_logged_and_paths_are_drawn(tmp_path):
     trainer = Trainer(**QUIET)
     (logged,) = trainer.validate(module, data, verbose=False)
     assert logged["val/istd"] > 0
+    assert module.report() == {}
+    Trainer(**{**QUIET, "num_sanity_val_steps": 1}, max_steps=1).fit(module, data, data)
+    assert module.report()["before"]["metrics"]["val/istd"] == pytest.approx(logged["val/istd"])
     module.figures(tmp_path)
     assert (tmp_path / "interpolation.png").stat().st_size > 0
     assert torch.equal(noise, torch.random.get_rng_state())
