@@ -25,6 +25,8 @@ def describe(module: Any) -> dict[str, Any]:
         noisy, timesteps, condition = module.example
         arguments = _moved({"args": (noisy, timesteps), "kwargs": condition}, module.device)
     before = {"name": "teacher", **measure(module.teacher.on(module.device), **arguments)}
+    if (loss := getattr(module._trainer, "callback_metrics", {}).get("koala/val_teacher")) is not None:
+        before["metrics"] = {"val/loss": float(loss)}
     return {"before": before, **{f"pairs_{feature}": len(pairs) for feature, pairs in module.pairs.items()}}
 
 

@@ -75,7 +75,8 @@ class KOALADistillationModule(DiffusionModule):
     ``text_embeds``, and perhaps ``time_ids`` (B, 6). For classifier-free guidance leave some prompts empty.
 
     Logged: ``koala/task``, ``koala/out``, ``koala/FEATURE`` (sum over the layers), ``koala/feature_share`` of the total
-    (a plain sum over 20-30 layers leads at the start), in validation ``koala/val_out``, the distance to the teacher.
+    (a plain sum over 20-30 layers leads at the start), in validation ``koala/val_out``, the distance to the
+    teacher, and ``koala/val_teacher``, the teacher's own loss.
 
     Suggested: AdamW 1e-5, weight decay 0.01, batch 128, 100k iterations at 1024 x 1024 (the paper; four A100 of 80 GB),
     bf16-mixed (features of SDXL's deepest stage overflow in fp16). Cost: the teacher's forward per step.
@@ -183,8 +184,9 @@ class KOALADistillationModule(DiffusionModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
         outputs, self._validated = self._validated, None
-        error = mean_square(outputs.prediction, self.teach(outputs))
-        self.log("koala/val_out", error, prog_bar=True, sync_dist=True, batch_size=len(outputs.noisy))
+        teacher, how = self.teach(outputs), {"sync_dist": True, "batch_size": len(outputs.noisy)}
+        self.log("koala/val_out", mean_square(outputs.prediction, teacher), prog_bar=True, **how)
+        self.log("koala/val_teacher", mean_square(teacher, outputs.target), **how)
         if batch_idx == 0:
             self.example = outputs.noisy, outputs.timesteps, outputs.condition
 
