@@ -24,9 +24,14 @@ LATENCY_BATCH = 16
 
 
 def compared(
-    told: dict[str, Any], run: Finished, samples: Samples, inputs: dict[str, QuantizedInput]
+    told: dict[str, Any], run: Finished, samples: Samples, inputs: dict[str, QuantizedInput], images: list[Tensor]
 ) -> dict[str, Any]:
-    """A quantiser's report with what W8A8 adds: error of the output, ranges, time steps, integer kernels."""
+    """A quantiser's report with what W8A8 adds: errors, ranges, time steps, integer kernels.
+
+    ``output_error`` is of the network's answer at the calibrated states. Near the image's end it is large for a network
+    that predicts noise, because there the noise is below the first layer's step; ``sample_error`` is of the samples
+    (the same noises through both networks, :func:`sampled`), where it does not count.
+    """
     from safetensors.torch import save
 
     network, reference = product(run.module).cpu(), run.compared.cpu()
@@ -44,6 +49,7 @@ def compared(
     times = latencies_ms(list(models.values()), *to_device((args, kwargs), "cpu"), seconds=3.0)
     told |= {f"batch_of_{len(x)}_{name}_ms": time for name, time in zip(models, times)}
     told["artifact_ratio"] = told["artifact_bytes"] / len(save(plain_state(reference)))
+    told["sample_error"] = _relative(images[1], images[0])
     told["time_steps"] = samples.histogram()
     for name, record in inputs.items():
         row = next((row for key, row in told["layers"].items() if f"{name}.weight".endswith(key)), {})
@@ -56,8 +62,8 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30))
 
 
-def draw_figures(folder: Path, run: Finished, samples: Samples, scheduler: Any, steps: int) -> None:
-    """The same noises through both networks, and the histogram of the time steps."""
+def draw_figures(folder: Path, samples: Samples, images: list[Tensor]) -> None:
+    """The same noises through both networks (rows), and the histogram of the time steps."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     figure = Figure(figsize=(6, 2.6), layout="constrained")
@@ -67,17 +73,28 @@ def draw_figures(folder: Path, run: Finished, samples: Samples, scheduler: Any, 
     axes.set_ylabel("states")
     figure.savefig(folder / "time_steps.png", dpi=150)
     if samples.states.dim() == 4 and samples.states.shape[1] in (1, 3):
-        rows = [_draw(net.cpu(), samples, scheduler, steps) for net in (run.compared, product(run.module))]
-        _grid(rows, folder / "samples.png")
+        _grid(images, folder / "samples.png")
 
 
-def _draw(network: nn.Module, samples: Samples, scheduler: Any, steps: int, count: int = 8) -> Tensor:
-    x, _, condition = to_device(next(samples.batches(count)), "cpu")
+def sampled(run: Finished, samples: Samples, scheduler: Any, steps: int) -> list[Tensor]:
+    """What the float and the quantised network make of the same noises, on the device of the run."""
+    both = (run.compared, product(run.module))
+    return [_draw(network, samples, scheduler, steps, run.device) for network in both]
+
+
+def _draw(
+    network: nn.Module, samples: Samples, scheduler: Any, steps: int, device: torch.device, count: int = 8
+) -> Tensor:
+    x, _, condition = to_device(next(samples.batches(count)), device)
     stream = generator(1)
-    noise = torch.randn(x.shape, generator=stream)
-    with evaluating(network):
-        predict = lambda x, t: call(network, x, t, condition).float()  # noqa: E731
-        return sample_loop(predict, noise, copy.deepcopy(scheduler), steps, stream)
+    noise = torch.randn(x.shape, generator=stream).to(device)
+    network.to(device)
+    try:
+        with evaluating(network):
+            predict = lambda x, t: call(network, x, t, condition).float()  # noqa: E731
+            return sample_loop(predict, noise, copy.deepcopy(scheduler), steps, stream).cpu()
+    finally:
+        network.cpu()
 
 
 def _grid(rows: list[Tensor], path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effdl.callbacks._calibrated_quantizer import CalibratedQuantizer
 from effdl.callbacks._ptq4dm_example import contract_example
-from effdl.callbacks._ptq4dm_report import compared, draw_figures
+from effdl.callbacks._ptq4dm_report import compared, draw_figures, sampled
 from effdl.callbacks._quantized_training import install
 from effdl.core.batch import unpack
 from effdl.core.distributed import broadcast
@@ -138,6 +138,7 @@ class DiffusionPTQCallback(CalibratedQuantizer):
         super()._begin()
         self.inputs: dict[str, QuantizedInput] = {}
         self.samples: Samples | None = None
+        self._drawn: list[Tensor] | None = None
 
     # ---- attaching -------------------------------------------------------------------------------------------
 
@@ -223,19 +224,24 @@ class DiffusionPTQCallback(CalibratedQuantizer):
     # ---- report ----------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        """The artifact reopened from its file beside the float network: bytes, the output's relative error, latencies
-        (float, codes decoded on every call, integer kernels); ranges by layer, a histogram of the time steps.
+        """The artifact reopened from its file beside the float network: bytes, errors of outputs and of samples,
+        latencies (float, codes decoded on every call, integer kernels); ranges by layer, histogram of the time steps.
 
         Raises:
             ConfigurationError: nothing was quantised yet.
         """
-        return compared(super().report(), self.finished, self.samples, self.inputs)
+        told = super().report()
+        return compared(told, self.finished, self.samples, self.inputs, self._images())
 
     def figures(self, folder: Path) -> None:
         """``samples.png``: the same noises (columns) through float and 8-bit network; ``time_steps.png``."""
         if self.finished is not None:
-            sampler = self.sampler(self.finished.module)
-            draw_figures(folder, self.finished, self.samples, sampler, self.steps)
+            draw_figures(folder, self.samples, self._images())
+
+    def _images(self) -> list[Tensor]:
+        if self._drawn is None:
+            self._drawn = sampled(self.finished, self.samples, self.sampler(self.finished.module), self.steps)
+        return self._drawn
 
     @classmethod
     def contract_example(cls) -> Any:

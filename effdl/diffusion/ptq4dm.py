@@ -17,7 +17,7 @@ Two things differ from the released script, on purpose. It stores the state *aft
 under the label k, so that image and time do not belong together; here each state has the time it was asked at
 (``pairing="official"`` is kept for comparison). It quantises outputs of layers, before the normalisation; here their
 inputs are, which is what integer kernels take. And zero is code 2^(b-1) of a signed range, where the script's
-(2^b - 1) / 2 is a tie that float noise decides.
+(2^b - 1) / 2 is a tie that float noise decides. Attention products and the sampler's own update stay float.
 
 Example::
 

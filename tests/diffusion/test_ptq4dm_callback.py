@@ -61,6 +61,7 @@ def test_must_08_a_fit_ends_in_codes_and_its_checkpoint_is_float(tmp_path):
         assert error.median() <= record.scale.median()
     told = ptq.report()
     assert told["output_error"] < 0.1
+    assert told["sample_error"] < 0.1
     assert told["int8_disagrees"] < 0.02
     assert 0.25 < told["artifact_ratio"] < 0.4
     assert sum(told["time_steps"]) == 16
