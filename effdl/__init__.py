@@ -35,6 +35,7 @@ _EXPORTS = {
     "PolyNorm": "effdl.architectures.polycom",
     "PolyReLU": "effdl.architectures.polycom",
     "PowerNorm": "effdl.architectures.powernorm",
+    "ProDiffModule": "effdl.diffusion.prodiff",
     "RectifiedFlowModule": "effdl.diffusion.rectified_flow_transformer",
     "ReflowModule": "effdl.diffusion.instaflow",
     "ScoreSDEModule": "effdl.diffusion.score_sde",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from effdl.diffusion.diffusion_classification import DiffusionFeaturesModule
     from effdl.diffusion.instaflow import ReflowModule
     from effdl.diffusion.koala import KOALADistillationModule
+    from effdl.diffusion.prodiff import ProDiffModule
     from effdl.diffusion.rectified_flow_transformer import RectifiedFlowModule
     from effdl.diffusion.score_sde import ScoreSDEModule
     from effdl.diffusion.smooth_diffusion import SmoothDiffusionMixin, SmoothDiffusionModule
@@ -88,6 +90,7 @@ __all__ = [
     "PolyNorm",
     "PolyReLU",
     "PowerNorm",
+    "ProDiffModule",
     "RectifiedFlowModule",
     "ReflowModule",
     "ScoreSDEModule",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effdl.core.errors import ConfigurationError
 
-INPUT_KEYS = ("image", "pixel_values", "input_ids", "images", "inputs", "x")
+INPUT_KEYS = ("image", "pixel_values", "input_ids", "mel", "images", "inputs", "x")
 LABEL_KEYS = ("label", "labels", "target", "y")
 INDEX_KEYS = ("index", "idx")
 
