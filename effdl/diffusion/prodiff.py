@@ -60,8 +60,8 @@ class ProDiffModule(LightningModule):
     distill   uniform in {s, 2s, .., T}    |f_S(x_t, t - s, c) - x*|, x* from two DDIM half steps of the teacher
     ========= ============================ ==================================================================
 
-    The student starts as the teacher, the encoder is frozen; data enter only through x_t. Saying x_0 is what makes a few
-    steps possible: noise prediction divides by alpha_T = 4e-5.
+    The student starts as the teacher, the encoder is frozen; data enter only through x_t. Saying x_0 makes few steps
+    possible: noise prediction divides by alpha_T = 4e-5.
 
     Args:
         denoiser: any ``f(x, t, c)`` on x ``[B, 1, M, T]``, t ``[B]``, or a diffusers U-Net with ``sample`` as output;
