@@ -2,8 +2,8 @@
 
 The adjoint ODE of ``AdjointDPMModule`` (states stored, or integrated back too) and checkpointing each network call
 against plain backpropagation, in real training steps: a ``UNet2DModel`` of 177,000 parameters at 16x16, whose weights
-are optimised, four images, Euler. ``measure`` returns rows as ``overhead.table`` prints them: the ratios are to plain
-backpropagation with as many steps.
+are optimised, four images, Euler. ``rows`` are as ``overhead.table`` prints them; the ratios are to plain backpropagation
+with as many steps.
 """
 
 from __future__ import annotations
@@ -76,27 +76,29 @@ def _sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, 1e-5)
 
 
-def measure(
-    pairs: int, steps: tuple[int, ...] = STEPS, size: int = 16, memory: bool = True
+def rows(
+    pairs: int, batch: int, steps: tuple[int, ...] = STEPS, size: int = 16, memory: bool = True
 ) -> list[dict[str, Any]]:
     """One dict per way and number of steps: ratios to backpropagation, median steps in ms, peak bytes of both.
 
     Args:
         pairs: training steps of each way, in turns.
+        batch: images per step; at most four are taken, because backpropagation keeps so much.
         steps: numbers of sampling steps.
         size: side of the images.
         memory: peak resident memory of one training step each, in child processes; best before anything was computed.
     """
-    batch = {"index": torch.arange(IMAGES)}
-    results = []
-    peaks = {}
+    data = {"index": torch.arange(min(batch, IMAGES))}
+    peaks: dict[tuple[str, int], int | None] = {}
     for n in steps if memory else ():
-        peaks |= {(way, n): peak_bytes(maker(way, n, size), batch, steps=1) for way in WAYS}
+        peaks |= {(way, n): peak_bytes(maker(way, n, size), data, steps=1) for way in WAYS}
+    results = []
     for n in steps:
-        times = race({way: maker(way, n, size) for way in WAYS}, batch, pairs)
+        times = race({way: maker(way, n, size) for way in WAYS}, data, pairs)
         for way in WAYS:
-            row = {"name": way, "model": f"{n} steps", **ratios(times, way, "backprop"), "target": None, "met": None}
-            results.append(row | {"peak_bytes": peaks.get((way, n)), "bare_peak_bytes": peaks.get(("backprop", n))})
+            row = {"name": f"{way}, {n} steps", "model": "tiny U-Net", **ratios(times, way, "backprop")}
+            memory_of = {"peak_bytes": peaks.get((way, n)), "bare_peak_bytes": peaks.get(("backprop", n))}
+            results.append(row | {"target": None, "met": None} | memory_of)
     return results
 
 
@@ -104,4 +106,4 @@ if __name__ == "__main__":
     from benchmarks.__main__ import aligned
     from benchmarks.overhead import table
 
-    print(aligned(table(measure(5))))
+    print(aligned(table(rows(5, IMAGES))))
