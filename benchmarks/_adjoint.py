@@ -2,8 +2,8 @@
 
 The adjoint ODE of ``AdjointDPMModule`` (states stored, or integrated back too) and checkpointing each network call
 against plain backpropagation, in real training steps: a ``UNet2DModel`` of 177,000 parameters at 16x16, whose weights
-are optimised, four images, Euler. ``rows`` are as ``overhead.table`` prints them; the ratios are to plain backpropagation
-with as many steps.
+are optimised, four images, Euler. ``rows`` are as ``overhead.table`` prints them; the ratios are to backpropagation
+through as many steps.
 """
 
 from __future__ import annotations
