@@ -90,6 +90,7 @@ class AdjointDPMModule(DiffusionModule):
 
     _frozen: Frozen | None = None
     _shown: Any = None
+    _first: Tensor | None = None
 
     paper: ClassVar[Paper] = Paper(
         slug="adjoint-dpm",
@@ -171,6 +172,7 @@ class AdjointDPMModule(DiffusionModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self._shown = batch if self._shown is None else self._shown
         loss, size = self._score(batch, Draws(self.seed, self.current_epoch, batch_idx, self.device))
+        self._first = loss.detach() if self._first is None else self._first
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         if "noise" in self.optimise:
             self.log("adjoint-dpm/noise_rms", self.noise.detach().square().mean().sqrt(), batch_size=size)
@@ -277,6 +279,11 @@ class AdjointDPMModule(DiffusionModule):
         own = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith("model.")}
         if own:
             save_file(own, Path(folder) / ARTIFACT)
+
+    def report(self) -> dict[str, Any]:
+        """The loss of the first step, for the final table."""
+        first = {} if self._first is None else {"train/loss": float(self._first)}
+        return {"before": {"name": "at first", "metrics": first}, "curves": ["train/loss", "adjoint-dpm/noise_rms"]}
 
     def figures(self, folder: Path) -> None:
         """``samples.png``: the first batch's samples, from the noise that they began with (above) and as they are."""
