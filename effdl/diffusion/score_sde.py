@@ -91,7 +91,8 @@ class ScoreSDEModule(ScoreServices, LightningModule):
     are of this process's batch.
 
     Suggested: vp or subvp for likelihoods, ve with ``PCSampler`` for samples; N = 1000. ve: sigma_max about the largest
-    distance of two images. ODE samples have a slightly worse FID than PC ones, at a tenth of the calls.
+    distance of two images. ODE samples have a slightly worse FID than PC ones, at a tenth of the calls; of a briefly
+    trained network they are much worse, for without noise nothing corrects its mistakes.
     Fails when: eps is too small (NaN at t -> 0), data were not dequantised (bits below any bound), an inpainting has no
     corrector (the overwritten part leads, the rest lags).
 
