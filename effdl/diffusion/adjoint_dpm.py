@@ -89,8 +89,7 @@ class AdjointDPMModule(DiffusionModule):
     """
 
     _frozen: Frozen | None = None
-    _shown: Any = None
-    _first: Tensor | None = None
+    _first: tuple[Any, Tensor] | None = None  # batch and loss of the first step
 
     paper: ClassVar[Paper] = Paper(
         slug="adjoint-dpm",
@@ -170,9 +169,8 @@ class AdjointDPMModule(DiffusionModule):
         return self
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self._shown = batch if self._shown is None else self._shown
         loss, size = self._score(batch, Draws(self.seed, self.current_epoch, batch_idx, self.device))
-        self._first = loss.detach() if self._first is None else self._first
+        self._first = (batch, loss.detach()) if self._first is None else self._first
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         if "noise" in self.optimise:
             self.log("adjoint-dpm/noise_rms", self.noise.detach().square().mean().sqrt(), batch_size=size)
@@ -282,17 +280,17 @@ class AdjointDPMModule(DiffusionModule):
 
     def report(self) -> dict[str, Any]:
         """The loss of the first step, for the final table."""
-        first = {} if self._first is None else {"train/loss": float(self._first)}
+        first = {} if self._first is None else {"train/loss": float(self._first[1])}
         return {"before": {"name": "at first", "metrics": first}, "curves": ["train/loss", "adjoint-dpm/noise_rms"]}
 
     def figures(self, folder: Path) -> None:
         """``samples.png``: the first batch's samples, from the noise that they began with (above) and as they are."""
-        if "noise" not in self.optimise or self._shown is None:
+        if "noise" not in self.optimise or self._first is None:
             return
-        index, _ = self._rows(self._shown)
+        index, _ = self._rows(batch := self._first[0])
         with torch.no_grad():
             first = self.first_noise if index is None else self.first_noise[index]
-            rows = [self.images(self._shown, noise=noise)[:SHOWN] for noise in (first, None)]
+            rows = [self.images(batch, noise=noise)[:SHOWN] for noise in (first, None)]
         save_rows(rows, folder / "samples.png")
 
     @classmethod

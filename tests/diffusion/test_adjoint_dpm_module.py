@@ -63,6 +63,7 @@ def test_noise_alone_changes_and_is_all_that_is_kept(tmp_path):
     assert {"train/loss", "adjoint-dpm/noise_rms"} <= set(trainer.callback_metrics)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), module.model.parameters()))
     assert not module.model.training
+    assert module.report()["before"]["metrics"]["train/loss"] == pytest.approx(float(before), rel=1e-4)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert list(checkpoint["state_dict"]) == ["noise"]
     module.save_pretrained(tmp_path / "out")
