@@ -107,7 +107,9 @@ def experiment(seed: int) -> dict[str, float]:
     torch.manual_seed(seed + 1000)
     random = UNet2DConditionModel(**UNET | {"layers_per_block": 1, "transformer_layers_per_block": (1, 1)})
     found["random init + SA"] = distilled(student=random, features="sa")
-    return sizes | found | {"seconds, six students": time.process_time() - start}
+    found = sizes | found | {"seconds, six students": time.process_time() - start}
+    print(f"seed {seed}:", {name: round(value, 4) for name, value in found.items()}, flush=True)
+    return found
 
 
 def test_must_07_self_attention_is_what_to_distil():
