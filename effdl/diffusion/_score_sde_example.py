@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -13,10 +14,15 @@ from effdl.data.loading import ResumableLoader
 
 def example() -> ContractExample:
     """A U-Net on thirty-two random images."""
+    from effdl.diffusion.score_sde import ScoreSDEModule
+    from effdl.tasks.tiny import tiny_unet
+
     blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
-    unet = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4}
+    unet = tiny_unet(8, 1, norm_num_groups=4, **blocks)
+    kwargs = {"model": unet, "sde": "vp", "optimizer": sgd}
     return ContractExample(
-        kwargs={"model": unet | blocks, "sde": "vp", "optimizer": sgd},
+        kwargs=kwargs,
+        module=lambda: ScoreSDEModule(**{**kwargs, "model": copy.deepcopy(unet)}),  # it trains what it is given
         bad={
             "model": 3, "sde": ["vpsde", 3], "prediction": "sample",
             "sampler": ["euler", 3], "likelihood_weighting": "yes", "reduce_mean": "yes", "levels": 1,
