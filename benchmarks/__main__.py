@@ -1,4 +1,4 @@
-"""``python -m benchmarks overhead|peers|compression [--pairs N] [--batch B] [--rows NAME ...] [--out FILE]``."""
+"""``python -m benchmarks overhead|peers|compression|diffusion [--pairs N] [--batch B] [--rows NAME ...]``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from benchmarks import overhead, peers
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time ratios, measured in pairs.")
-    parser.add_argument("what", choices=("overhead", "peers", "compression"))
+    parser.add_argument("what", choices=("overhead", "peers", "compression", "diffusion"))
     parser.add_argument("--pairs", type=int, default=20, help="interleaved pairs of steps (default 20)")
     parser.add_argument("--batch", type=int, default=64, help="images per step (default 64)")
-    parser.add_argument("--rows", nargs="*", metavar="NAME", help="of overhead: methods; of compression: tables")
-    parser.add_argument("--no-memory", action="store_true", help="of overhead: skip the peak memory")
+    parser.add_argument("--rows", nargs="*", metavar="NAME", help="methods, tables or parts of it")
+    parser.add_argument("--no-memory", action="store_true", help="of overhead and diffusion: skip the peak memory")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--seeds", type=int, default=3, help="of compression (default 3)")
     parser.add_argument("--folder", type=Path, default=Path("runs/compression"), help="of compression: its runs")
@@ -32,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(aligned(compression.lines(compression.measure(args.folder, args.seeds, args.rows))))
         return 0
+    if args.what == "diffusion":
+        from benchmarks import diffusion
+
+        results = diffusion.measure(args.pairs, args.batch, args.rows, not args.no_memory)
+        print("\n\n".join(aligned(table) for table in diffusion.tables(results)))
+        return _write(args, results)
     if args.what == "overhead":
         results = overhead.measure(args.pairs, args.batch, args.rows, not args.no_memory)
         lines = overhead.table(results)
@@ -39,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = peers.measure(args.pairs, args.batch)
         lines = peers.table(results)
     print(aligned(lines))
+    return _write(args, results)
+
+
+def _write(args: argparse.Namespace, results: object) -> int:
     if args.out:
         from effdl.core.report import environment, write_report
 

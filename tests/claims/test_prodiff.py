@@ -20,7 +20,7 @@ from tests.support import real_data
 
 pytestmark = pytest.mark.slow
 
-SEEDS = (0, 1, 2)
+SEEDS, STEPS = (0, 1, 2), 3000
 
 
 def sines(count, g):
@@ -58,8 +58,25 @@ def fit(module, loader, steps):
     return module
 
 
+def falling(optimizer, steps=STEPS):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
 def adam(parameters):
-    return torch.optim.Adam(parameters, 1e-3)
+    return torch.optim.Adam(parameters, 2e-3)
+
+
+def by_hand(network, seed, loss_of):
+    """The same training outside of any module."""
+    optimizer = adam(network.parameters())
+    schedule = falling(optimizer)
+    g = generator(50 + seed)
+    for x0, c in batches(STEPS, seed):
+        loss = loss_of(x0, c, torch.randn(x0.shape, generator=g), g)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 def told(name, values):
@@ -85,28 +102,22 @@ def test_must_05_06_few_steps_want_clean_data_and_two_calls_do_what_four_did():
     for seed in SEEDS:
         begin = time.perf_counter()
         seed_everything(seed, verbose=False)
-        teacher = fit(ProDiffModule(MLP(), loss="l1", optimizer=adam), batches(3000, seed), 3000)
-        of_noise = Noise(MLP(), alpha_bar)
-        optimizer = torch.optim.Adam(of_noise.parameters(), 1e-3)
-        g = generator(50 + seed)
-        for x0, c in batches(3000, seed):
-            t, eps = torch.randint(0, 5, (len(x0),), generator=g), torch.randn(x0.shape, generator=g)
-            loss = (of_noise.network(noised(x0, eps, t, alpha_bar), t, c) - eps).abs().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        student = fit(ProDiffModule(stage="distill", teacher=teacher, optimizer=adam), batches(3000, seed), 3000)
-        torch.manual_seed(seed)
-        # two steps trained on data alone: the same indices and labels as the student's, targets from the data
-        direct = MLP()
-        optimizer = torch.optim.Adam(direct.parameters(), 1e-3)
-        for x0, c in batches(3000, seed):
+        settings = {"optimizer": adam, "scheduler": falling}
+        teacher = fit(ProDiffModule(MLP(), loss="l1", **settings), batches(STEPS, seed), STEPS)
+        student = ProDiffModule(stage="distill", teacher=teacher, **settings)
+        fit(student, batches(STEPS, 10 + seed), STEPS)
+        of_noise, direct = Noise(MLP(), alpha_bar), MLP()
+
+        def noise_loss(x0, c, eps, g, network=of_noise.network):
+            t = torch.randint(0, 5, (len(x0),), generator=g)
+            return (network(noised(x0, eps, t, alpha_bar), t, c) - eps).abs().mean()
+
+        def two_step_loss(x0, c, eps, g, network=direct):  # a student's indices and labels, with the data as target
             t = 2 * torch.randint(1, 3, (len(x0),), generator=g)
-            noisy = noised(x0, torch.randn(x0.shape, generator=g), t, alpha_bar)
-            loss = (direct(noisy, t - 2, c) - x0).abs().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            return (network(noised(x0, eps, t, alpha_bar), t - 2, c) - x0).abs().mean()
+
+        by_hand(of_noise, seed, noise_loss)
+        by_hand(direct, seed, two_step_loss)
         g = generator(900 + seed)
         x0, c = sines(1000, g)
         noise, batch = torch.randn(x0.shape, generator=g), (x0, c)
@@ -148,8 +159,9 @@ def test_must_10_spoken_digits_in_two_calls():
         data = SpokenDigits(file, seed=seed, validation=0.0)
         denoiser = {"bins": 20, "condition": 64, "channels": 32, "layers": 4}
         encoder = {"classes": 10, "speakers": 6, "frames": 32, "width": 64}
-        teacher = fit(ProDiffModule(denoiser, encoder, optimizer=adam), data.train_dataloader(), 1500)
-        student = ProDiffModule(stage="distill", teacher=teacher, optimizer=adam)
+        settings = {"optimizer": lambda parameters: torch.optim.Adam(parameters, 1e-3)}
+        teacher = fit(ProDiffModule(denoiser, encoder, **settings), data.train_dataloader(), 1500)
+        student = ProDiffModule(stage="distill", teacher=teacher, **settings)
         fit(student, data.train_dataloader(), 1500)
         batch = data.test_dataset.__getitems__(range(len(data.test_dataset)))
         truth, mask = batch["mel"][:, None], batch["mask"]
