@@ -70,7 +70,7 @@ def eight_bits(pairs: int, batch: int) -> list[dict[str, Any]]:
 
     float_net = tiny_unet(32, 3, block_out_channels=(64, 128)).eval()
     net = copy.deepcopy(float_net)
-    quantize_unet(net, DDIMScheduler(), Settings(steps=10, num_samples=32, batch_size=32))
+    quantize_unet(net, DDIMScheduler(), Settings(steps=4, num_samples=16, batch_size=16))
     x, t = torch.randn(batch, 3, 32, 32, generator=generator(0)), torch.full((batch,), 500)
     runs = {"fp32": lambda: float_net(x, t).sample, "codes": lambda: net(x, t).sample}
     integer = deploy(net, "torch-int8")

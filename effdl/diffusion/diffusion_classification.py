@@ -156,8 +156,7 @@ class DiffusionFeaturesModule(LightningModule):
         self.baselines, self.pretrained_baselines = tuple(baselines), pretrained_baselines
         self.optimizer, self.scheduler = optimizer, scheduler
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self._rows: list[dict[str, Any]] = []
-        self._first = True
+        self._rows, self._first = [], True
 
     def _condition(self, network: nn.Module) -> dict[str, Any]:
         """What a text-conditional network gets in place of a prompt."""

@@ -84,8 +84,8 @@ class ProDiffModule(LightningModule):
     Logged: ``train/loss``, ``val/loss``, ``prodiff/calls``, in stage distill ``prodiff/to_teacher`` (L1 of the
     student's samples to the teacher's, same noise).
 
-    Suggested: T = 4 and one round (the paper), 200,000 updates of 48 sentences in each stage. Fails when: the condition
-    says little (few steps then blur), T is far from 4 with this schedule, the teacher predicts noise.
+    Suggested: T = 4, one round, 200,000 updates of 48 sentences in each stage. Fails when: the condition says little
+    (few steps then blur), T is far from 4 with this schedule, the teacher predicts noise.
 
     Raises:
         ConfigurationError: an argument out of range, steps that the rounds do not divide, a teacher without folder.
@@ -157,7 +157,7 @@ class ProDiffModule(LightningModule):
     def train(self, mode: bool = True) -> ProDiffModule:
         """The encoder of stage distill stays in eval mode."""
         super().train(mode)
-        if mode and self.stage == "distill" and self.encoder is not None:
+        if self.stage == "distill" and self.encoder is not None:
             self.encoder.eval()
         return self
 
@@ -200,9 +200,8 @@ class ProDiffModule(LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        draws = Draws(self.seed, -1, batch_idx, self.device)
+        draws, size = Draws(self.seed, -1, batch_idx, self.device), len(unpack(batch).inputs)
         loss, _ = self._loss(batch, draws)
-        size = len(unpack(batch).inputs)
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
         if self.stage == "distill":
             self.log("prodiff/to_teacher", self._distance(batch, draws), sync_dist=True, batch_size=size)
@@ -276,11 +275,10 @@ class ProDiffModule(LightningModule):
         own = self.stage == "teacher" and isinstance(calls, int) and calls > 0 and self.steps % calls == 0
         check(own or calls == self.calls, "calls", calls, f"{self.calls}, or for a teacher a divisor of {self.steps}")
         noise = noise_for(self.model, batch, frames, seed).to(self.device) if noise is None else noise.to(self.device)
-        mask = mask_of(batch)
+        mask, scale = mask_of(batch), self.steps // calls
         with evaluating(self):
             condition, _ = encode(self.encoder, batch, noise.shape[-1], False)
-        denoiser, scale = masked_call(self.model, condition, mask), self.steps // calls
-        with evaluating(self):
+            denoiser = masked_call(self.model, condition, mask)
             if sampler == "posterior":
                 return sample_posterior(denoiser, noise, self.alphas_cumprod, scale, mask, seed)
             return sample(denoiser, noise, self.alphas_cumprod, scale, self.label_shift, mask)
