@@ -192,17 +192,19 @@ def test_size_and_speed_of_a_larger_network():
 
     unet = tiny_unet(32, 3, block_out_channels=(64, 128), layers_per_block=2, norm_num_groups=32, attention_head_dim=32)
     fp = copy.deepcopy(unet)
-    quantize_unet(unet, DDIMScheduler(), Settings(steps=10, num_samples=16, batch_size=16, candidates=50))
+    quantize_unet(unet, DDIMScheduler(), Settings(steps=5, num_samples=8, batch_size=8))
     ratio = len(save(plain_state(unet))) / len(save(plain_state(fp)))
     fast = deploy(unet, "torch-int8")
     print(f"{sum(p.numel() for p in fp.parameters()) / 1e6:.2f} M parameters, file {ratio:.4f} of float32")
     for count in (1, 16):
         x, t = torch.randn(count, 3, 32, 32, generator=generator(0)), torch.full((count,), 500)
         with torch.no_grad():
-            want, got = unet(x, t).sample, fast(x, t).sample
-        error = float((got - want).norm() / want.norm())
-        times = latencies_ms([fp, unet, fast], (x, t), seconds=20.0)
+            plain, simulated, integer = (net(x, t).sample for net in (fp, unet, fast))
+        error = lambda got, want: float((got - want).norm() / want.norm())  # noqa: E731
+        times = latencies_ms([fp, unet, fast], (x, t), seconds=8.0)
         told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in zip(("float", "decoding", "int8"), times))
-        print(f"batch {count}: {told}; int8 / float {times[2] / times[0]:.2f}; relative L2 {error:.1e}")
-        assert error < 0.02
+        print(f"batch {count}: {told}; int8 / float {times[2] / times[0]:.2f}")
+        print(f"relative L2: decoding {error(simulated, plain):.1e} and int8 {error(integer, plain):.1e} of float, "
+              f"int8 {error(integer, simulated):.1e} of decoding")  # fmt: skip
+        assert error(integer, plain) < 1.1 * error(simulated, plain)
     assert ratio <= 0.27
