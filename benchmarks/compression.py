@@ -118,7 +118,6 @@ def pruning(sparsity: float) -> dict[str, Callable[[], Any]]:
     """At one sparsity of all weights but the first layer's."""
     from effdl.callbacks import PDPCallback, PruningCallback, RelevancePruningCallback
 
-    channels = 1 - (1 - sparsity) ** 0.5  # of a layer's inputs and outputs, which leaves the same share of weights
     first = {"exclude": f"model.{FIRST}"}
     return {
         "one-shot magnitude": partial(AtTheEnd, partial(one_shot_magnitude, sparsity=sparsity)),
@@ -130,10 +129,12 @@ def pruning(sparsity: float) -> dict[str, Callable[[], Any]]:
         "pdp": partial(
             PDPCallback, sparsity, temperature="auto", start=0, stop=0.7, every=4, targets="*", exclude="model.conv1"
         ),
+        # channels inside of the blocks: those between them are tied by shortcuts that shift channels (F.pad)
         "relevance-pruning, whole channels": partial(
-            RelevancePruningCallback, round(channels, 3), step_sparsity=round(channels / 10, 3), every=4
+            RelevancePruningCallback, sparsity, step_sparsity=round(sparsity / 10, 3), every=4,
+            targets="layer*.conv1",
         ),
-    }
+    }  # fmt: skip
 
 
 def low_rank(budget: float) -> dict[str, Callable[[], Any]]:
