@@ -96,9 +96,9 @@ class AdjointSampler(nn.Module):
 
     The gradient is the continuous one: with few steps it differs from backpropagation through the same sampler (by
     several percent with Euler; in the closed form of a Gaussian midpoint is 10 % off at 40 steps, 0.3 % at 200, rk4
-    1e-4 % at 40). :meth:`backprop` has the other one. Checkpointing each step of *that* takes the same time and memory
-    and is exact for the discrete sampler; the adjoint's own gains are ``state="recompute"`` (no stored states) and
-    another number of steps backwards.
+    1e-4 % at 40). :meth:`backprop` has the other one: checkpointing each of *its* steps takes a little more time
+    than the adjoint and memory of the same kind, and is exact for the discrete sampler. The adjoint's own gains are
+    ``state="recompute"`` (no stored states) and another number of steps backwards.
 
     Args:
         network: diffusers' ``UNet2DModel``, ``UNet2DConditionModel``, ``SD3Transformer2DModel`` or any
