@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from effdl.core.errors import ConfigurationError, check
+from effdl.core.quantized import quantized_weights
 from effdl.core.select import NothingMatched, Targets, Weight, as_list, matches, refuse_sharded, select_modules
 from effdl.diffusion._sara_delta import Delta, apply_deltas, load_delta, save_delta
 from effdl.diffusion._sara_weight import SUFFIX, SparseWeight, nuclear_norm, overwrite, small
@@ -102,6 +103,10 @@ def trainable_weights(root: nn.Module, targets: Targets = None, exclude: Targets
         names = chosen if targets is not None else names
     left_out = [m for n, m in root.named_modules() if n and any(matches(n, m, t) for t in as_list(exclude))]
     seen = {id(parameter) for module in left_out for parameter in module.parameters()}
+    fix = "Quantised base weights cannot be trained: load the network in floating point."
+    for name in quantized_weights(root):
+        owner = root.get_submodule(name.rpartition(".")[0])
+        check(any(owner is m for part in left_out for m in part.modules()), name, "codes", "floating point", fix)
     found = []
     for name, module in root.named_modules():
         parents = {".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 2)} | {""}
@@ -110,7 +115,6 @@ def trainable_weights(root: nn.Module, targets: Targets = None, exclude: Targets
                 continue
             seen.add(id(parameter))
             weight = Weight(f"{name}.{attribute}".lstrip("."), module, attribute)
-            fix = "Quantised base weights cannot be trained: load the network in floating point."
             check(parameter.is_floating_point(), weight.name, parameter.dtype, "a floating-point parameter", fix)
             if parameter.requires_grad:
                 refuse_sharded(weight)
@@ -126,6 +130,7 @@ def masks_of(weights: list[Weight], threshold: float | None, fraction: float | N
     Raises:
         ConfigurationError: too few or too many entries to be a sensible choice (unless ``force``), none at all.
     """
+    check(threshold is not None or fraction is not None, "threshold", None, "theta > 0, or a fraction")
     threshold = quantile_threshold([w.data for w in weights], fraction) if fraction is not None else threshold
     sparse = [SparseWeight(weight, float(threshold)) for weight in weights]
     share = sum(s.index.numel() for s in sparse) / sum(w.data.numel() for w in weights)

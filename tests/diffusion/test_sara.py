@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from effdl.core.errors import ConfigurationError
+from effdl.core.quantized import quantize_
+from effdl.core.quantizers import symmetric
 from effdl.diffusion.sara import (
     apply_deltas,
     learning_rate,
@@ -248,6 +250,7 @@ def test_which_parameters():
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
+        ({}, "or a fraction"),
         ({"threshold": 1e-9, "targets": "Linear"}, "no weight lies below"),
         ({"threshold": 1.0}, "60 %|60%"),
         ({"fraction": 0.9}, "force=True"),
@@ -268,6 +271,11 @@ def test_integer_and_zero_weights_are_named():
     model[3].weight = nn.Parameter(torch.zeros(80, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ConfigurationError, match=r"3.weight.*floating"):
         sparsify(model, fraction=0.2)
+    model = net()
+    quantize_(model, {"3.weight": symmetric(model[3].weight.detach(), 8)})
+    with pytest.raises(ConfigurationError, match=r"3.weight.*Quantised"):
+        sparsify(model, fraction=0.2)
+    assert sparsify(model, fraction=0.2, exclude="3")
     model = net()
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
