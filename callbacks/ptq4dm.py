@@ -21,7 +21,7 @@ from effdl.core.input_quantizers import QuantizedInput
 from effdl.core.paper import Paper
 from effdl.core.quantizers import QuantizedWeight
 from effdl.core.select import NothingMatched, Targets, Weight, check_targets, select_modules
-from effdl.diffusion._ptq4dm_samples import Samples, points
+from effdl.diffusion._ptq4dm_samples import Samples, points, takes_time
 from effdl.diffusion.ptq4dm import KINDS, Calibration, Settings, calibrate
 
 
@@ -145,6 +145,11 @@ class DiffusionPTQCallback(CalibratedQuantizer):
     def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage in ("fit", "validate"):
             points(self.sampler(pl_module), self.steps)
+            network = product(pl_module)
+            if not takes_time(network):
+                raise ConfigurationError(
+                    f"DiffusionPTQCallback quantises denoisers network(x, t); {type(network).__name__} takes no time."
+                )
         super().attach(trainer, pl_module, stage)
 
     def sampler(self, pl_module: Any) -> Any:

@@ -19,6 +19,7 @@ from effdl.diffusion.ptq4dm import time_steps
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 Condition = dict[str, Tensor]
+TIME_NAMES = ("t", "time", "times", "timesteps", "sigma", "sigmas", "noise_level")
 
 
 @dataclass
@@ -74,6 +75,16 @@ def _names_time(network: nn.Module | Callable) -> bool:
     """Whether time is a keyword: not every transformer of diffusers has it second."""
     run = network.forward if isinstance(network, nn.Module) else network
     return "timestep" in inspect.signature(run).parameters
+
+
+def takes_time(network: nn.Module | Callable) -> bool:
+    """Whether a network can be asked ``network(x, t)``: its second argument is a time, or has no default."""
+    run = network.forward if isinstance(network, nn.Module) else network
+    given = list(inspect.signature(run).parameters.values())
+    if any(p.name == "timestep" or p.kind is p.VAR_POSITIONAL for p in given):
+        return True
+    named = [p for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:2]
+    return any(p.default is p.empty or p.name in TIME_NAMES for p in named)
 
 
 def points(scheduler: Any, steps: int | None) -> tuple[Any, Tensor, int]:

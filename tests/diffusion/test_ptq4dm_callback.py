@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from diffusers import DDIMScheduler
 from lightning.pytorch import Trainer
@@ -16,6 +17,7 @@ from effdl.core.errors import ConfigurationError
 from effdl.core.quantized import quantized_inputs, quantized_weights
 from effdl.core.random import generator
 from effdl.core.report import plain
+from effdl.diffusion._ptq4dm_samples import takes_time
 from effdl.tasks.diffusion import DiffusionModule
 from effdl.tasks.tiny import tiny_stable_diffusion, tiny_unet
 
@@ -113,3 +115,17 @@ def test_refusals_come_before_training():
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
     with pytest.raises(ConfigurationError, match="report"):
         method().report()
+
+
+def test_a_network_without_time_is_refused_before_training():
+    classifier = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    assert not takes_time(classifier)
+    assert not takes_time(timm.create_model("vit_tiny_patch16_224", img_size=32))  # (x, attn_mask=None, ...)
+    assert takes_time(tiny_unet(8, 1))
+    assert takes_time(lambda x, t: x)
+    assert takes_time(lambda x, t=None: x)
+    module = DiffusionModule(tiny_unet(8, 1))
+    module.model = classifier
+    trainer = Trainer(max_steps=1, logger=False, enable_checkpointing=False, callbacks=[DiffusionPTQCallback(steps=4)])
+    with pytest.raises(ConfigurationError, match="takes no time"):
+        trainer.fit(module, DataLoader([torch.zeros(2, 1, 8, 8)], batch_size=None))
