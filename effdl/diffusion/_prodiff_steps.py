@@ -104,16 +104,17 @@ def absolute_error(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
 
 
 def dissimilarity(prediction: Tensor, target: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
-    """``1 - SSIM`` of mels in [-1, 1], as :func:`absolute_error`; the window is 11, or the side if that is less."""
+    """``1 - SSIM`` of mels in [-1, 1], as :func:`absolute_error`.
+
+    The window is Gaussian, 11 wide with a deviation of 1.5, and shrinks with mels that have fewer bins or frames.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
     check_choice("reduction", reduction, REDUCTIONS)
-    side = min(11, *prediction.shape[2:])
-    side -= 1 - side % 2
     first, second = prediction.float(), target.float()
+    sigma = 1.5 * min(1.0, min(prediction.shape[2:]) / 11)
     with torch.autocast(first.device.type, enabled=False):
-        settings = {"gaussian_kernel": False, "kernel_size": side, "data_range": 2.0, "return_full_image": True}
-        _, similar = ssim(first, second, **settings)
+        _, similar = ssim(first, second, sigma=sigma, data_range=2.0, return_full_image=True)
     return _reduced(1 - similar, mask, reduction)
 
 

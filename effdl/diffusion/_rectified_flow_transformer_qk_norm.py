@@ -90,7 +90,8 @@ def _insert(layer: nn.Module) -> None:
     if _is_timm(layer):
         layer.q_norm, layer.k_norm = (_norm(layer, layer.qkv, layer.head_dim) for _ in range(2))
         return
-    head_dim = layer.to_q.out_features // layer.heads
+    width = getattr(layer, "inner_dim", None) or layer.to_q.out_features
+    head_dim = width // layer.heads
     for projection, names in STREAMS.items():
         like = getattr(layer, projection, None)
         if like is not None:
@@ -107,8 +108,9 @@ def _norm(layer: nn.Module, like: nn.Module, head_dim: int) -> nn.Module:
         from diffusers.models.normalization import RMSNorm
 
         norm = RMSNorm(head_dim, eps=EPS)
-    norm = norm.to(device=like.weight.device, dtype=dtype_of(like)).train(layer.training)
-    return norm.requires_grad_(like.weight.requires_grad)
+    weight = next(like.parameters())  # of the projection, or of the first of the two that replaced it
+    norm = norm.to(device=weight.device, dtype=dtype_of(like)).train(layer.training)
+    return norm.requires_grad_(weight.requires_grad)
 
 
 def _put_before(layer: Any, names: tuple[str, ...], other: str) -> None:

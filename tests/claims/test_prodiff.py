@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_must_10_spoken_digits_in_two_calls():
         data = SpokenDigits(file, seed=seed, validation=0.0)
         denoiser = {"bins": 20, "condition": 64, "channels": 32, "layers": 4}
         encoder = {"classes": 10, "speakers": 6, "frames": 32, "width": 64}
-        settings = {"optimizer": lambda parameters: torch.optim.Adam(parameters, 1e-3)}
+        settings = {"optimizer": adam, "scheduler": partial(falling, steps=1500)}
         teacher = fit(ProDiffModule(denoiser, encoder, **settings), data.train_dataloader(), 1500)
         student = ProDiffModule(stage="distill", teacher=teacher, **settings)
         fit(student, data.train_dataloader(), 1500)
