@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -205,16 +206,27 @@ def of_slug(slug: str) -> tuple[Entry, ...]:
 
 
 def find(name: str) -> Entry:
-    """The first entry with this slug, or the entry with this class name.
+    """The entry with this class name, or of this slug the one that its recipe runs, else the slug's first.
 
     Raises:
         ConfigurationError: unknown; close names are listed.
     """
     for entry in entries():
-        if name in (entry.slug, entry.name):
+        if entry.name == name:
             return entry
+    if group := of_slug(name):
+        run = _classes_of_recipe(name) if len(group) > 1 else ()
+        return next((entry for entry in group if {entry.name, entry.concrete} & set(run)), group[0])
     known = [known for entry in entries() for known in (entry.slug, entry.name)]
     raise ConfigurationError(f"No method is called {name!r}. {suggest(name, known)} `effdl list` shows all.")
+
+
+def _classes_of_recipe(slug: str) -> list[str]:
+    """The last names of all class paths in a recipe, the first one first."""
+    folder = source_folder("effdl.recipes")
+    recipe = None if folder is None else folder / f"{slug}.yaml"
+    text = recipe.read_text(encoding="utf-8") if recipe is not None and recipe.is_file() else ""
+    return [path.rpartition(".")[2] for path in re.findall(r"^\s*class_path:\s*([\w.]+)", text, re.MULTILINE)]
 
 
 def syntax(entry: Entry) -> ast.Module:

@@ -146,3 +146,10 @@ def test_listing_imports_neither_torch_nor_lightning():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_slug_means_the_class_that_its_recipe_runs():
+    assert catalog.find("rectified-flow-transformer").name == "RectifiedFlowModule"
+    assert catalog.find("elr").name == "ELRLossMixin"
+    assert catalog.find("sam").name == "SAMCallback"
+    assert catalog.find("QKNormCallback").slug == "rectified-flow-transformer"
