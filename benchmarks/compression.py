@@ -67,8 +67,13 @@ class Extracted(Callback):
         recalibrate_batchnorm(pl_module.model, self.batches())
 
 
+def _layers(model: Any) -> dict[str, Any]:
+    """By their whole names: as a pattern ``conv1`` would fit one in every block."""
+    return {name: layer for name, layer in select_modules(model, LAYERS).items() if name != FIRST}
+
+
 def _weights(model: Any) -> dict[str, Any]:
-    return {f"{name}.weight": module for name, module in select_modules(model, LAYERS, FIRST).items()}
+    return {f"{name}.weight": layer for name, layer in _layers(model).items()}
 
 
 def one_shot_magnitude(model: Any, sparsity: float) -> None:
@@ -80,7 +85,7 @@ def one_shot_magnitude(model: Any, sparsity: float) -> None:
 
 def ranks_at(model: Any, energy: float) -> dict[str, int]:
     """Ranks that keep a share of each layer's squared singular values, of the layers that this makes smaller."""
-    layers = dict(select_modules(model, LAYERS, FIRST))
+    layers = _layers(model)
     ranks = final_ranks(layers, "channel", ("energy", energy))
     shapes = {name: layer.weight.shape for name, layer in layers.items()}
     return {name: rank for name, rank in ranks.items() if is_cheaper(shapes[name], rank, "channel")}
