@@ -104,5 +104,5 @@ def test_noise_is_steered_into_a_class():
         values = [result[name] for result in found]
         print(f"  {name:32s} {np.mean(values):.3f} ± {np.std(values):.3f}   {np.round(values, 3).tolist()}")
     for result in found:
-        assert result["steered, its judge"] >= result["chance, its judge"] + 0.5
-        assert result["steered, another judge"] >= result["chance, another judge"] + 0.2
+        assert result["steered, its judge"] >= 0.9
+        assert result["steered, another judge"] >= result["chance, another judge"] + 0.4
