@@ -112,16 +112,25 @@ def experiment(seed: int) -> dict[str, float]:
     return found
 
 
-def test_must_07_self_attention_is_what_to_distil():
-    runs = [experiment(seed) for seed in SEEDS]
+@pytest.fixture(scope="module")
+def runs():
+    return [experiment(seed) for seed in SEEDS]
+
+
+def test_must_07_self_attention_is_what_to_distil(runs):
     mean = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
     for name, value in mean.items():
         values = [run[name] for run in runs]
         print(f"  {name:32s} {value:.4f} ± {np.std(values):.4f}   {np.round(values, 4).tolist()}")
-    both, none, attention = mean["SA + LF at the outer stages"], mean["no feature KD"], mean["SA"]
-    print(f"  SA+LF / none {both / none:.3f}  SA / none {attention / none:.3f}")
-    assert both <= 0.95 * none  # 0.92 was expected and 0.924 is what comes out: docs/results.md
+    none, attention = mean["no feature KD"], mean["SA"]
     assert all(run["SA + LF at the outer stages"] < run["SA"] < run["no feature KD"] for run in runs)
     assert attention <= 0.97 * none
     assert attention <= 0.4 * mean["random init + SA"]
     assert all(mean[name] <= 0.15 * mean["pruned only"] for name in LEARNED)
+
+
+@pytest.mark.xfail(reason="0.924 measured where 0.92 is asked: docs/results.md", strict=True)
+def test_must_07_the_outer_stages_by_the_margin_asked(runs):
+    both, none = (np.mean([run[name] for run in runs]) for name in ("SA + LF at the outer stages", "no feature KD"))
+    print(f"  SA+LF / none {both / none:.3f}")
+    assert both <= 0.92 * none
