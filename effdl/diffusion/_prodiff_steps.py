@@ -1,8 +1,8 @@
 """ProDiff's equations: few-step schedules, two DDIM steps into one, samplers, losses.
 
 Times are indices of a schedule of T + 1 entries: index T is noise, index 0 is *still noisy* (alpha-bar 0.44 at T = 4),
-index -1 is the data. A *denoiser* is ``f(x, label)`` and says x_0. Source: Huang et al., 2207.06389, and the released
-code where the card of the method says so.
+index -1 is the data. A *denoiser* is ``f(x, label)`` and says x_0. Source: Huang et al., 2207.06389; what follows
+the released code instead says so.
 """
 
 from __future__ import annotations

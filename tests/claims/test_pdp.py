@@ -37,7 +37,7 @@ class Shuffled:
 
 
 class Plain(LightningModule):
-    """The card's digits MLP; it notes test accuracy as validation sees the weights, and as training does."""
+    """The digits MLP; it notes test accuracy as validation sees the weights, and as training does."""
 
     def __init__(self, test=None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""adjoint-dpm: the card's nine checks, and what the sampler refuses."""
+"""adjoint-dpm: nine checks of the method, and what the sampler refuses."""
 
 from __future__ import annotations
 
