@@ -19,16 +19,16 @@ from torch.utils._pytree import tree_map
 
 from effdl.core.batch import unpack
 from effdl.core.contract import ContractExample
-from effdl.core.errors import check, check_number
+from effdl.core.errors import ConfigurationError, check, check_number
 from effdl.core.paper import Paper
 from effdl.core.surgery import dtype_of
 from effdl.core.teacher import Frozen
 from effdl.diffusion._koala_features import FEATURES, feature_pairs, paired, recorded
 from effdl.diffusion._koala_loss import DistillationLoss, distillation_loss, mean_square
 from effdl.diffusion._koala_report import describe, draw_beside
-from effdl.diffusion._sdxl import sdxl_condition
 from effdl.diffusion._unet_shrink import KOALA_1B, KOALA_700M, PerStage, ShrinkSpec, shrink_unet, teacher_name
-from effdl.tasks._diffusers import take_apart
+from effdl.tasks._denoising import prompts_of
+from effdl.tasks._diffusers import TEXT_KEYS, arguments, take_apart
 from effdl.tasks.diffusion import Denoising, DiffusionModule
 from effdl.tasks.tiny import tiny_stable_diffusion
 
@@ -196,11 +196,24 @@ class KOALADistillationModule(DiffusionModule):
         if config.get("addition_embed_type") != "text_time":
             return super().condition(batch)
         images = unpack(batch).inputs
-        known = isinstance(images, Tensor)
-        scale = getattr(self.surroundings.pipeline, "vae_scale_factor", 1)
-        size = images.shape[-2:] if known else [scale * side for side in self._shape()[1:]]
-        like = images if known else torch.empty(0, dtype=self.dtype, device=self.device)
-        return sdxl_condition(self.surroundings.pipeline, batch, tuple(size), like)
+        told = self._text_of(batch)
+        if not isinstance(images, Tensor):  # of the size that the network is made for
+            sides = [self.surroundings.factor * side for side in self._shape()[1:]]
+            count = len(told["encoder_hidden_states"])
+            images = torch.empty(count, 1, *sides, dtype=self.dtype, device=self.device)
+        return arguments(images, {name: value.to(images) for name, value in told.items()})
+
+    def _text_of(self, batch: Any) -> dict[str, Tensor]:
+        """Embeddings, pooled text and perhaps time ids: the batch's own, or what the pipeline makes of its prompts."""
+        given = batch if isinstance(batch, Mapping) else {}
+        own = {name: given[name] for name in TEXT_KEYS if name in given}
+        if {"encoder_hidden_states", "text_embeds"} <= set(own):
+            return own
+        prompts = prompts_of(batch)
+        if prompts is None or not self.surroundings.text_encoders:
+            wanted = "'prompt' (with a pipeline), or 'encoder_hidden_states' and 'text_embeds'"
+            raise ConfigurationError(f"the network wants text: {wanted} in the batch, which has {sorted(given)}.")
+        return own | self.surroundings.encode_prompts(prompts, self.device)
 
     # ---- what is kept and told --------------------------------------------------------------------------------------
 
