@@ -12,12 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from effdl.core.errors import ConfigurationError
 from effdl.core.input_quantizers import QuantizedInput, channel_dim
+from effdl.core.input_ranges import BINS, best_candidate, candidate_errors, side_of
 from effdl.core.quantizers import QuantizedWeight
 from effdl.diffusion._ptq4dm_samples import Samples, call
 from effdl.diffusion._ptq4dm_settings import Settings
-from effdl.diffusion.ptq4dm import best_candidate, candidate_errors, side_of
-
-BINS = 2**16  # of a histogram: 256 in each step of the widest 8-bit range
 
 
 @contextlib.contextmanager

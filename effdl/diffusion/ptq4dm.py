@@ -39,7 +39,8 @@ from torch import Tensor, nn
 
 from effdl.core.capture import evaluating
 from effdl.core.errors import check, check_integer
-from effdl.core.input_quantizers import SMALLEST_SCALE, QuantizedInput
+from effdl.core.input_quantizers import QuantizedInput
+from effdl.core.input_ranges import Found, best_candidate, candidate_errors, side_of
 from effdl.core.quantized import quantize_
 from effdl.core.quantizers import QuantizedWeight, check_finite
 from effdl.core.select import Targets, select_modules
@@ -68,76 +69,6 @@ def time_steps(draws: Tensor, steps: int, mu: float = 0.4, sigma: float = 0.4) -
 # ---- which range -------------------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """A range. ``delta`` (step), ``theta`` (threshold) and ``error`` (mean |x - x_q|^p): [] or [channels];
-    ``zero_point`` the code of 0, ``side`` which values the grid holds."""
-
-    delta: Tensor
-    zero_point: int
-    theta: Tensor
-    error: Tensor
-    side: str
-
-
-def side_of(low: float, high: float) -> str:
-    """``"positive"``, ``"negative"`` or ``"signed"``: what a tensor between these extremes needs levels for."""
-    return "positive" if low >= 0 else "negative" if high <= 0 else "signed"
-
-
-def grid(theta: Tensor, side: str, bits: int) -> tuple[Tensor, int]:
-    """Step and zero point of 2^b levels over [-theta, theta], [0, theta] or [-theta, 0]."""
-    levels = 2**bits - 1
-    zero = {"signed": 2 ** (bits - 1), "positive": 0, "negative": levels}[side]
-    return (theta * ((2 if side == "signed" else 1) / levels)).clamp(min=SMALLEST_SCALE), zero
-
-
-def rounded(x: Tensor, delta: Tensor, zero_point: int, bits: int) -> Tensor:
-    """``x_q = (clamp(round(x / delta) + z, 0, 2^b - 1) - z) delta``; ties to even."""
-    return (x / delta).round_().clamp_(-zero_point, 2**bits - 1 - zero_point).mul_(delta)
-
-
-def candidate_errors(
-    rows: Tensor,
-    largest: Tensor,
-    side: str,
-    bits: int,
-    p: float,
-    candidates: int,
-    counts: Tensor | None = None,
-    among: set[int] | None = None,
-) -> Tensor:
-    """Sums of |x - x_q|^p over each row, for theta = largest i / candidates, i = 1 .. candidates.
-
-    Args:
-        rows: [C, n], float32 or float64.
-        largest: max |x| of each row, [C]; of more batches than this one, where there are more.
-        counts: how often each column counts, float64 [n]; default once.
-        among: the i that are asked for; infinity is said of others. Default all.
-
-    Returns:
-        float64 [candidates, C].
-    """
-    errors = []
-    for i in range(1, candidates + 1):
-        if among is not None and i not in among:
-            errors.append(torch.full_like(largest, float("inf"), dtype=torch.float64))
-            continue
-        delta, zero = grid(largest * (i / candidates), side, bits)
-        difference = rounded(rows, delta[:, None], zero, bits).sub_(rows).abs_().pow_(p)
-        summed = difference.sum(1, dtype=torch.float64) if counts is None else difference.double() @ counts
-        errors.append(summed)
-    return torch.stack(errors)
-
-
-def best_candidate(errors: Tensor, largest: Tensor, side: str, bits: int, count: int) -> Found:
-    """The smallest of ``errors`` [candidates, C], the first of equal ones; ``count`` entries were summed in each."""
-    best = errors.min(0).values
-    index = (errors == best).to(torch.int8).argmax(0)
-    theta = largest * ((index + 1) / len(errors)).to(largest.dtype)
-    delta, zero = grid(theta, side, bits)
-    return Found(delta, zero, theta, best / max(count, 1), side)
-
-
 def search_range(
     x: Tensor, bits: int = 8, p: float = 2.4, candidates: int = 100, per_channel: bool = False, side: str | None = None
 ) -> Found:
@@ -156,7 +87,7 @@ def search_range(
     Example::
 
         found = search_range(activations, bits=8)
-        x_q = rounded(activations, found.delta, found.zero_point, bits=8)
+        x_q = core.input_ranges.rounded(activations, found.delta, found.zero_point, bits=8)
     """
     check_integer("bits", bits, 2, 8)
     check_finite(x, "x")

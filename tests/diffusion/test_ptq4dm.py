@@ -17,6 +17,7 @@ from torch import nn
 from effdl.core.deploy import deploy
 from effdl.core.errors import ConfigurationError
 from effdl.core.export import save_model
+from effdl.core.input_ranges import candidate_errors, rounded
 from effdl.core.quantized import is_quantized, quantize_, quantized_inputs, quantized_weights
 from effdl.core.random import generator, rng_state
 from effdl.core.solvers import denoising_path, sample_loop
@@ -26,10 +27,8 @@ from effdl.diffusion._ptq4dm_samples import call, draw, walk
 from effdl.diffusion.ptq4dm import (
     Settings,
     calibrate,
-    candidate_errors,
     moving_range,
     quantize_unet,
-    rounded,
     search_range,
     time_steps,
     weight_record,
