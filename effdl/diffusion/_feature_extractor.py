@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from effdl.core.errors import check, check_integer
 from effdl.core.noise import add_noise, alpha_sigma
+from effdl.diffusion._feature_feedback import Feedback, mirrored
 from effdl.diffusion._feature_heads import Shape
 from effdl.diffusion._unet_blocks import default_block, features_of, list_blocks, number_of
 from effdl.tasks._diffusers import arguments
@@ -58,6 +59,7 @@ class DiffusionFeatureExtractor:
         for t in timesteps:
             check_integer("timestep", t, 0, len(alphas_cumprod) - 1, "90 was best on ImageNet, up to 200 hardly worse.")
         self.wanted, self.timesteps = wanted, list(timesteps)
+        self.feedback: Feedback | None = None
         self.condition = dict(condition or {})
         classes = getattr(network, "config", {}).get("num_class_embeds")
         if classes is not None:
@@ -74,16 +76,35 @@ class DiffusionFeatureExtractor:
 
     def shapes(self, size: tuple[int, int, int]) -> list[Shape]:
         """(C, H, W) of the features of inputs of a size (C, H, W), one per (timestep, block)."""
+        found = self._shapes(size, self.wanted)
+        return [found[block] for _ in self.timesteps for block in self.wanted]
+
+    def _shapes(self, size: tuple[int, int, int], blocks: Sequence[int]) -> dict[int, Shape]:
         parameter = next(self.network.parameters())
         flags = {module: module.training for module in self.network.modules()}
         self.network.eval()
         try:
             with torch.no_grad():
-                found = self._read(torch.zeros(1, *size, device=parameter.device), self.timesteps[0], self.wanted)
+                found = self._read(torch.zeros(1, *size, device=parameter.device), self.timesteps[0], blocks)
         finally:
             for module, flag in flags.items():
                 module.training = flag
-        return [tuple(found[block].shape[1:]) for _ in self.timesteps for block in self.wanted]
+        return {block: tuple(z.shape[1:]) for block, z in found.items()}
+
+    def feed_back(self, blocks: Sequence[int | str], size: tuple[int, int, int]) -> Feedback:
+        """From now on read in a second pass, into whose encoder decoder ``blocks`` of the first are fed.
+
+        Args:
+            blocks: numbers or layer names.
+            size: (C, H, W) of the inputs.
+
+        Returns:
+            What there is to train.
+        """
+        pairs = mirrored(self._blocks, blocks, max(self.wanted))
+        shapes = self._shapes(size, [*pairs, *pairs.values()])
+        self.feedback = Feedback(pairs, {block: channels for block, (channels, _, _) in shapes.items()})
+        return self.feedback
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
         """Features fp32 ``[B, C, H, W]`` of images or latents ``[B, C, H, W]``, timesteps outermost.
@@ -92,26 +113,45 @@ class DiffusionFeatureExtractor:
             x: in [-1, 1], or latents of unit scale.
             generator: of the noise, on the device of ``x``.
         """
-        return [z for t in self.timesteps for z in self.at(x, t, self.wanted, generator).values()]
+        maps = (self.at(x, t, self.wanted, generator, self.feedback) for t in self.timesteps)
+        return [z for found in maps for z in found.values()]
 
     def at(
-        self, x: Tensor, t: int, blocks: Sequence[int], generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        t: int,
+        blocks: Sequence[int],
+        generator: torch.Generator | None = None,
+        feedback: Feedback | None = None,
     ) -> dict[int, Tensor]:
-        """The features of some blocks at one timestep, of one noisy input."""
+        """The features of some blocks at one timestep, of one noisy input, which both passes of a feedback see."""
         channels = getattr(self.network, "config", {}).get("in_channels", x.shape[1])
         fix = "A latent network wants its pipeline's VAE: give the whole pipeline." if channels == 4 else ""
         check(x.shape[1] == channels, "images", f"{x.shape[1]} channels", f"{channels} channels, the network's", fix)
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         self.alphas_cumprod = self.alphas_cumprod.to(x.device)
         a, s = alpha_sigma(self.alphas_cumprod, torch.tensor(t, device=x.device))
-        found = self._read(add_noise(x.float(), noise, a, s), t, blocks)
+        noisy, added = add_noise(x.float(), noise, a, s), None
+        if feedback is not None:
+            with torch.no_grad():
+                first = self._read(noisy, t, list(feedback.pairs))
+            added = feedback(first)
+        found = self._read(noisy, t, blocks, added)
         return {block: found[block] for block in blocks}
 
-    def _read(self, noisy: Tensor, t: int, blocks: Sequence[int]) -> dict[int, Tensor]:
+    def layers_after(self) -> list[nn.Module]:
+        """The layers that run after the last wanted block."""
+        names = [layer for block in self._blocks[max(self.wanted) :] for layer in block.layers]
+        names += [name for name in ("conv_norm_out", "conv_out", "norm_out", "proj_out") if hasattr(self.network, name)]
+        return [self.network.get_submodule(name) for name in names]
+
+    def _read(
+        self, noisy: Tensor, t: int, blocks: Sequence[int], added: dict[int, Tensor] | None = None
+    ) -> dict[int, Tensor]:
         times = torch.full((len(noisy),), t, device=noisy.device)
         dtype = next(self.network.parameters()).dtype
         condition = arguments(noisy, _repeated(self.condition, noisy, dtype), self.factor)
-        return features_of(self.network, noisy, times, condition, blocks)
+        return features_of(self.network, noisy, times, condition, blocks, added)
 
 
 def _repeated(value: Any, like: Tensor, dtype: torch.dtype) -> Any:
@@ -120,6 +160,20 @@ def _repeated(value: Any, like: Tensor, dtype: torch.dtype) -> Any:
         return {name: _repeated(entry, like, dtype) for name, entry in value.items()}
     value = value.to(like.device, dtype if value.is_floating_point() else value.dtype)
     return value.expand(len(like), *value.shape[1:])
+
+
+def no_prompt(network: nn.Module, surroundings: Any) -> dict[str, Any]:
+    """What a text-conditional network gets in place of a prompt."""
+    config = getattr(network, "config", {})
+    if config.get("cross_attention_dim") is None and config.get("joint_attention_dim") is None:
+        return {}
+    if surroundings.text_encoders:
+        return surroundings.unconditional("cpu")
+    width = config.get("encoder_hid_dim") or config.get("cross_attention_dim") or config.get("joint_attention_dim")
+    prompt = {"encoder_hidden_states": torch.zeros(1, 1, width)}
+    if pooled := config.get("pooled_projection_dim"):  # Stable Diffusion 3
+        prompt["pooled_projections"] = torch.zeros(1, pooled)
+    return prompt
 
 
 def input_size(network: Any) -> tuple[int, int, int]:

@@ -9,10 +9,11 @@ the grid.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effdl.core.errors import ConfigurationError, check_integer
@@ -83,7 +84,12 @@ def default_block(blocks: list[Block]) -> int:
 
 
 def features_of(
-    network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Any], wanted: Collection[int]
+    network: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    condition: dict[str, Any],
+    wanted: Collection[int],
+    added: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Tensor]:
     """Outputs of the wanted blocks (1-based), fp32 ``[B, C, H, W]``; nothing after the last of them runs.
 
@@ -93,13 +99,16 @@ def features_of(
         t: timesteps ``[B]``.
         condition: keyword arguments of the network's forward (``class_labels``, ``encoder_hidden_states`` ...).
         wanted: block numbers.
+        added: of a U-Net: what is added to the outputs of its input blocks, ``{number: [B, C, h, w]}``, resized to
+            their sides.
 
     Example::
 
         features = features_of(unet, noisy, t, {}, [5])[5]
     """
     last, found = max(wanted), {}
-    for number, output in enumerate(_walk(network, x.to(_dtype(network)), t, condition, last), start=1):
+    x = x.to(_dtype(network))
+    for number, output in enumerate(_walk(network, x, t, condition, last, added or {}), start=1):
         if number in wanted:
             found[number] = output.float()
         if number == last:
@@ -111,13 +120,17 @@ def _dtype(network: nn.Module) -> torch.dtype:
     return next(p.dtype for p in network.parameters() if p.is_floating_point())
 
 
-def _walk(network: Any, x: Tensor, t: Tensor, condition: dict[str, Any], last: int) -> Iterator[Tensor]:
+def _walk(
+    network: Any, x: Tensor, t: Tensor, condition: dict[str, Any], last: int, added: Mapping[int, Tensor]
+) -> Iterator[Tensor]:
     if hasattr(network, "transformer_blocks"):
         return _walk_transformer(network, x, t, condition, last)
-    return _walk_unet(network, x, t, condition)
+    return _walk_unet(network, x, t, condition, added)
 
 
-def _walk_unet(unet: Any, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Iterator[Tensor]:
+def _walk_unet(
+    unet: Any, x: Tensor, t: Tensor, condition: dict[str, Any], added: Mapping[int, Tensor]
+) -> Iterator[Tensor]:
     """Output after output, as the stock forward computes them."""
     text = condition.get("encoder_hidden_states")
     if unet.config.center_input_sample:
@@ -125,16 +138,16 @@ def _walk_unet(unet: Any, x: Tensor, t: Tensor, condition: dict[str, Any]) -> It
     emb = _embedding(unet, x, t, condition)
     if hasattr(unet, "process_encoder_hidden_states"):
         text = unet.process_encoder_hidden_states(text, condition.get("added_cond_kwargs", {}))
-    x = unet.conv_in(x)
+    x = _fed(unet.conv_in(x), added.get(1))
     skips = [x]
     yield x
     for down in unet.down_blocks:
         for i in range(len(down.resnets)):
-            x = _layer(down, i, x, emb, text)
+            x = _fed(_layer(down, i, x, emb, text), added.get(len(skips) + 1))
             skips.append(x)
             yield x
         for sampler in down.downsamplers or ():
-            x = sampler(x, emb) if _takes_time(sampler) else sampler(x)
+            x = _fed(sampler(x, emb) if _takes_time(sampler) else sampler(x), added.get(len(skips) + 1))
             skips.append(x)
             yield x
     if unet.mid_block is not None:
@@ -159,6 +172,12 @@ def _layer(level: Any, i: int, x: Tensor, emb: Tensor, text: Tensor | None) -> T
     if getattr(level, "has_cross_attention", False):
         return attentions[i](x, encoder_hidden_states=text, return_dict=False)[0]
     return attentions[i](x)
+
+
+def _fed(x: Tensor, added: Tensor | None) -> Tensor:
+    if added is None:
+        return x
+    return x + F.interpolate(added, size=x.shape[2:], mode="bilinear", align_corners=False).to(x.dtype)
 
 
 def _takes_time(sampler: nn.Module) -> bool:
@@ -203,13 +222,13 @@ def _walk_transformer(network: Any, x: Tensor, t: Tensor, condition: dict[str, A
     return (tokens.transpose(1, 2).unflatten(2, grid) for tokens in caught)
 
 
-def number_of(blocks: list[Block], block: int | str) -> int:
+def number_of(blocks: list[Block], block: int | str, argument: str = "block") -> int:
     """A block's number: of a number itself, or of the name of one of its layers."""
     if isinstance(block, str):
         found = [number for number, entry in enumerate(blocks, start=1) if block in entry.layers]
         if not found:
             names = ", ".join(entry.name for entry in blocks)
-            raise ConfigurationError(f"block={block!r} is not valid: expected a number or one of {names}.")
+            raise ConfigurationError(f"{argument}={block!r} is not valid: expected a number or one of {names}.")
         return found[0]
-    check_integer("block", block, 1, len(blocks), "Block 1 is the first convolution.")
+    check_integer(argument, block, 1, len(blocks), "Block 1 is the first convolution.")
     return block

@@ -27,7 +27,7 @@ from effdl.core.contract import ContractExample
 from effdl.core.errors import ConfigurationError, check, check_integer
 from effdl.core.paper import Paper
 from effdl.core.teacher import Frozen
-from effdl.diffusion._feature_extractor import DiffusionFeatureExtractor, input_size, warn_unless_signed
+from effdl.diffusion._feature_extractor import DiffusionFeatureExtractor, input_size, no_prompt, warn_unless_signed
 from effdl.diffusion._feature_heads import AttentionHead, PooledHead, make_head
 from effdl.diffusion._feature_sweep import (
     TIMESTEPS,
@@ -71,6 +71,10 @@ class DiffusionFeaturesModule(LightningModule):
         num_classes: with ``effdl run`` linked to the data module's.
         head_kwargs: ``hidden`` (MLP widths), ``width`` (CNN), ``dim``, ``heads``, ``depth``, ``mlp_ratio``, ``norm``
             (attention: 1024, 8, 2, 4, "layer").
+        feedback: DifFeed (2311.17921): decoder blocks, numbers or layer names, whose features go through 1x1
+            convolution, batch norm and ReLU to the encoder blocks that mirror them; ``block`` is read in a second pass.
+            The paper: [21, 24, 27, 30, 33, 36] of 37, attention head, timestep 150. The network stays frozen; the
+            norms' statistics are each process's own unless the Trainer has ``sync_batchnorm=True``.
         fine_tune: also train the network's blocks up to b (those after it stay frozen); the paper's rate: 1e-3.
         null_class: for a class-conditional network, the class that was trained to mean "none".
         draws: at test, average the logits of so many noises.
@@ -87,7 +91,8 @@ class DiffusionFeaturesModule(LightningModule):
     Batches have images (B, C, H, W) in [-1, 1] and labels (B,). Logged: ``train/loss``, ``val/loss``, ``val/accuracy``.
 
     Suggested: pool 2 before pool 1; the attention head where data are many; sweep first. Costs: 0.4 to 0.6 of the
-    network's forward per image. Fails when: images are in [0, 1] or normalised otherwise (a warning says so).
+    network's forward per image; with feedback two forwards and a backward. Fails when: images are in [0, 1] or
+    normalised otherwise (a warning says so).
 
     Raises:
         ConfigurationError: an argument out of range; a head that does not fit the feature maps.
@@ -119,6 +124,7 @@ class DiffusionFeaturesModule(LightningModule):
         pool: int | None = None,
         num_classes: int = 10,
         head_kwargs: dict[str, Any] | None = None,
+        feedback: list[int | str] | None = None,
         fine_tune: bool = False,
         null_class: int | None = None,
         draws: int = 1,
@@ -146,11 +152,13 @@ class DiffusionFeaturesModule(LightningModule):
         check(hasattr(self.noise_scheduler, "alphas_cumprod"), "noise_scheduler", given, named)
         self.extractor = DiffusionFeatureExtractor(
             network, self.noise_scheduler.alphas_cumprod, _listed(block), _listed(timestep), null_class,
-            self._condition(network), self.surroundings.factor,
+            no_prompt(network, self.surroundings), self.surroundings.factor,
         )  # fmt: skip
-        shapes = self.extractor.shapes(input_size(network))
-        times = len(self.extractor.timesteps)
+        size, times = input_size(network), len(self.extractor.timesteps)
+        shapes = self.extractor.shapes(size)
         self.model = make_head(head, shapes, num_classes, times, self.pool, **(head_kwargs or {}))
+        check(feedback is None or not fine_tune, "feedback", feedback, "None with fine_tune: its network is frozen")
+        self.feedback = None if feedback is None else self.extractor.feed_back(feedback, size)
         self._hold(network, fine_tune)
         self.head, self.draws, self.sweep, self.seed = head, draws, sweep, seed
         self.baselines, self.pretrained_baselines = tuple(baselines), pretrained_baselines
@@ -158,27 +166,14 @@ class DiffusionFeaturesModule(LightningModule):
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self._rows, self._first = [], True
 
-    def _condition(self, network: nn.Module) -> dict[str, Any]:
-        """What a text-conditional network gets in place of a prompt."""
-        config = getattr(network, "config", {})
-        if config.get("cross_attention_dim") is None and config.get("joint_attention_dim") is None:
-            return {}
-        if self.surroundings.text_encoders:
-            return self.surroundings.unconditional("cpu")
-        width = config.get("encoder_hid_dim") or config.get("cross_attention_dim") or config.get("joint_attention_dim")
-        return {"encoder_hidden_states": torch.zeros(1, 1, width)}
-
     def _hold(self, network: nn.Module, fine_tune: bool) -> None:
         self.fine_tune = fine_tune
         if not fine_tune:
             self.frozen = Frozen(network)
             return
         self.backbone = network.train().requires_grad_(True)
-        after = self.extractor._blocks[max(self.extractor.wanted) :]
-        late = [layer for block in after for layer in block.layers]
-        late += [name for name in ("conv_norm_out", "conv_out", "norm_out", "proj_out") if hasattr(network, name)]
-        for name in late:
-            network.get_submodule(name).requires_grad_(False)
+        for layer in self.extractor.layers_after():
+            layer.requires_grad_(False)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits ``[B, K]`` of images ``[B, C, H, W]`` in [-1, 1], of one noise."""
@@ -186,7 +181,8 @@ class DiffusionFeaturesModule(LightningModule):
 
     def features(self, images: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
         """Feature maps fp32 ``[B, C, H, W]``, one per (timestep, block)."""
-        with torch.set_grad_enabled(self.fine_tune and torch.is_grad_enabled()):
+        learns = self.fine_tune or self.feedback is not None
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             if not self.fine_tune:
                 self.frozen.on(images)
             return self.extractor(self.surroundings.encode_images(images, generator), generator)
@@ -268,14 +264,18 @@ class DiffusionFeaturesModule(LightningModule):
         return {
             "block": list(self.extractor.wanted), "layer": [names[b] for b in self.extractor.wanted],
             "timestep": list(self.extractor.timesteps), "pool": self.pool, "head": self.head,
+            "feedback": [] if self.feedback is None else list(self.feedback.pairs),
         }  # fmt: skip
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """``head.safetensors``, ``features.json`` (block, timestep, pool, schedule) and, if it was trained along, the
-        network as stock diffusers opens it."""
+        """``head.safetensors``, ``feedback.safetensors`` where there is one, ``features.json`` (block, timestep, pool,
+        schedule) and, if it was trained along, the network as stock diffusers opens it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous().cpu() for k, v in self.model.state_dict().items()}, folder / "head.safetensors")
+        for name, part in {"head": self.model, "feedback": self.feedback}.items():
+            if part is not None:
+                weights = {key: value.contiguous().cpu() for key, value in part.state_dict().items()}
+                save_file(weights, folder / f"{name}.safetensors")
         schedule = {k: v for k, v in self.noise_scheduler.config.items() if isinstance(v, (int, float, str, bool))}
         (folder / "features.json").write_text(json.dumps({**self.record(), "scheduler": schedule}, indent=2))
         if self.fine_tune:
@@ -286,8 +286,9 @@ class DiffusionFeaturesModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         saved = checkpoint.get("effdl", {}).get("diffusion-classification", self.record())
-        for key in ("block", "timestep"):
-            check(saved[key] == self.record()[key], key, self.record()[key], f"{saved[key]}, the checkpoint's")
+        for key, own in self.record().items():
+            if key in ("block", "timestep", "feedback"):
+                check(saved.get(key, own) == own, key, own, f"{saved.get(key)}, the checkpoint's")
 
     @classmethod
     def contract_example(cls) -> ContractExample:

@@ -1,25 +1,19 @@
-"""diffusion-classification: numbering of blocks, the truncated forward, heads, noise; official numbers; a short run."""
+"""diffusion-classification: numbering of blocks, the truncated forward, heads, noise, probes; official numbers."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import statistics
 import time
-import warnings
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from lightning.pytorch import Trainer
-from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from effdl import DiffusionFeaturesModule, DiffusionModule
 from effdl.core.errors import ConfigurationError
 from effdl.core.noise import alpha_sigma
 from effdl.core.random import generator
-from effdl.diffusion._feature_heads import AttentionHead, PooledHead, pooled
+from effdl.diffusion._feature_heads import AttentionHead, PooledHead
 from effdl.diffusion._unet_blocks import default_block, features_of, list_blocks
 from effdl.diffusion.diffusion_classification import (
     DiffusionFeatureExtractor,
@@ -27,7 +21,7 @@ from effdl.diffusion.diffusion_classification import (
     probe_accuracy,
     search_blocks,
 )
-from effdl.tasks.tiny import tiny_condition_unet, tiny_sd3_transformer, tiny_stable_diffusion_xl, tiny_unet
+from effdl.tasks.tiny import tiny_condition_unet, tiny_sd3_transformer, tiny_unet
 from tests.support import golden
 
 GOLDEN = golden("diffusion-classification")
@@ -184,123 +178,6 @@ def test_must_05_noise_is_fresh_unless_it_is_given_and_hardly_there_at_zero():
     assert float((a - b).norm() / a.norm()) < 0.02
 
 
-def batches(count: int = 64, side: int = 8) -> torch.utils.data.DataLoader:
-    images = torch.rand(count, 1, side, side, generator=generator(3)) * 2 - 1
-    labels = torch.arange(count) % 4
-    return torch.utils.data.DataLoader(list(zip(images.split(16), labels.split(16))), batch_size=None)
-
-
-def fit(module: DiffusionFeaturesModule, epochs: int = 2) -> DiffusionFeaturesModule:
-    trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0,
-    )  # fmt: skip
-    trainer.fit(module, batches(), batches(16))
-    return module
-
-
-def digest(network: torch.nn.Module) -> str:
-    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in network.state_dict().values())).hexdigest()
-
-
-def test_must_06_the_network_stays_as_it_was_and_gets_no_gradient():
-    network = tiny_unet(8, 1)
-    before = digest(network)
-    module = fit(DiffusionFeaturesModule(network, num_classes=4))
-    assert digest(network) == before
-    assert all(p.grad is None for p in network.parameters())
-    assert not any(module.training for module in network.modules())
-    assert all(key.startswith("model.") for key in module.state_dict())
-
-
-def test_must_06_fine_tuning_trains_the_blocks_up_to_the_one_that_is_read():
-    network = tiny_unet(8, 1)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    fit(DiffusionFeaturesModule(network, block=5, num_classes=4, fine_tune=True))
-    after = network.state_dict()
-    changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
-    assert {"conv_in", "down_blocks", "mid_block", "time_embedding"} <= changed
-    assert not changed & {"up_blocks", "conv_norm_out", "conv_out"}
-
-
-def test_must_10_attention_over_two_blocks_learns_64_samples_by_heart():
-    settings = {"dim": 32, "heads": 4, "depth": 2}
-    torch.manual_seed(0)
-    module = DiffusionFeaturesModule(
-        tiny_unet(8, 1), [4, 5], 0, "attention", num_classes=4, head_kwargs=settings,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, 3e-3),
-    )  # fmt: skip
-    fit(module, 40)
-    images, labels = (torch.cat(parts) for parts in zip(*batches()))
-    module.eval()
-    with torch.no_grad():
-        assert float((module(images, generator(0)).argmax(1) == labels).float().mean()) == 1
-
-
-@pytest.mark.parametrize("head", ["linear", "mlp", "cnn", "attention"])
-def test_heads_fuse_blocks_and_timesteps_of_different_sizes(head):
-    extra = {"mlp": {"hidden": [8]}, "cnn": {"width": 8}, "attention": {"dim": 8, "heads": 2, "depth": 1}}
-    module = DiffusionFeaturesModule(
-        tiny_unet(8, 1), [2, 5], [10, 90], head, num_classes=4, head_kwargs=extra.get(head, {})
-    )
-    logits = module(torch.zeros(3, 1, 8, 8))
-    assert logits.shape == (3, 4)
-    logits.sum().backward()
-    assert all(p.grad is not None for p in module.model.parameters())
-
-
-def test_layer_norm_ties_the_head_to_a_size_and_batch_norm_does_not():
-    module = DiffusionFeaturesModule(tiny_unet(8, 1), 5, head="attention", head_kwargs={"dim": 8, "heads": 2})
-    with pytest.raises(ConfigurationError, match="for which the head was made"):
-        module(torch.zeros(1, 1, 16, 16))
-    module = DiffusionFeaturesModule(
-        tiny_unet(8, 1), 5, head="attention", head_kwargs={"dim": 8, "heads": 2, "norm": "batch"}
-    )
-    assert module(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
-
-
-def test_a_pool_too_large_names_the_side():
-    with pytest.raises(ConfigurationError, match="at most 4"):
-        DiffusionFeaturesModule(tiny_unet(8, 1), block=5, pool=5)
-
-
-def test_class_and_latent_networks_say_what_they_want():
-    with pytest.raises(ConfigurationError, match="null_class"):
-        DiffusionFeaturesModule(tiny_unet(8, 1, num_classes=4))
-    module = DiffusionFeaturesModule(tiny_unet(8, 1, num_classes=4), null_class=3)
-    assert module(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
-    with pytest.raises(ConfigurationError, match="VAE"):
-        DiffusionFeaturesModule(tiny_condition_unet(8))(torch.zeros(1, 3, 32, 32))
-
-
-def test_a_whole_text_to_image_pipeline_is_read_under_the_empty_prompt():
-    module = DiffusionFeaturesModule(tiny_stable_diffusion_xl())
-    assert "text_embeds" in module.extractor.condition
-    size = 8 * module.extractor.network.config["sample_size"]
-    assert module(torch.zeros(2, 3, size, size)).shape == (2, 10)
-
-
-def test_images_in_the_wrong_range_are_told():
-    module = DiffusionFeaturesModule(tiny_unet(8, 1), num_classes=4)
-    module.log = lambda *args, **kwargs: None
-    with pytest.warns(UserWarning, match=r"\[-1, 1\]"):
-        module.training_step((torch.rand(4, 1, 8, 8), torch.arange(4)), 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        module.training_step((torch.rand(4, 1, 8, 8), torch.arange(4)), 1)
-
-
-def test_draws_average_the_logits():
-    module = DiffusionFeaturesModule(tiny_unet(8, 1), num_classes=4, draws=16, timestep=300).eval()
-    x = torch.rand(8, 1, 8, 8, generator=generator(0)) * 2 - 1
-    with torch.no_grad():
-        many = [module._averaged(x, [seed]) for seed in (1, 2)]
-        module.draws = 1
-        one = [module._averaged(x, [seed]) for seed in (1, 2)]
-    ratio = float((many[0] - many[1]).norm() / (one[0] - one[1]).norm())
-    assert ratio == pytest.approx(1 / math.sqrt(16), rel=0.6)
-
-
 def test_probes_and_the_sweep_find_what_can_be_told_apart():
     g = generator(0)
     labels = torch.arange(60) % 3
@@ -319,23 +196,3 @@ def test_probes_and_the_sweep_find_what_can_be_told_apart():
     named = {row["name"]: row["accuracy"] for row in baseline_rows(*pairs, ["resnet18"])}
     assert set(named) == {"pixels", "resnet18, random weights"}
     assert named["pixels"] > 0.9
-
-
-def test_saved_and_reported(tmp_path):
-    source = DiffusionModule(tiny_unet(8, 1))
-    source.save_pretrained(tmp_path / "pipeline")
-    module = fit(DiffusionFeaturesModule(str(tmp_path / "pipeline"), num_classes=4, sweep=16))
-    module.save_pretrained(tmp_path / "head")
-    plain = torch.nn.Linear(32 * 4, 4)
-    saved = load_file(tmp_path / "head" / "head.safetensors")
-    plain.load_state_dict({name.removeprefix("0."): value for name, value in saved.items()})
-    x = torch.rand(3, 1, 8, 8) * 2 - 1
-    (features,) = module.features(x, generator(0))
-    torch.testing.assert_close(plain(pooled([features], 2)), module(x, generator(0)))
-    told = module.report()
-    assert told["block"] == [6]
-    assert {"pixels", "conv_in"} <= {row["name"] for row in told["sweep"]}
-    module.figures(tmp_path)
-    assert (tmp_path / "features.png").stat().st_size > 1000
-    fit(DiffusionFeaturesModule(tiny_unet(8, 1), 5, num_classes=4, fine_tune=True)).save_pretrained(tmp_path / "tuned")
-    assert (tmp_path / "tuned" / "unet").is_dir() or (tmp_path / "tuned" / "model_index.json").is_file()
