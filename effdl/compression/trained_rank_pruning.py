@@ -42,6 +42,7 @@ RULES = ("energy", "energy_plain", "value", "linear")
 #: Of the final cut, by scheme.
 FINAL: dict[str, Criterion] = {"channel": ("value", 5e-2), "spatial": ("value", 5e-2), "decouple": ("energy", 0.85)}
 SMALLEST = 8  # shorter sides of a matrix below this are left alone by default
+LARGE, FLAT = 256, 1 / 32  # where float32 decides a cut: from this side on, and down to this share of s_0
 
 
 PAPER = Paper(
@@ -142,14 +143,34 @@ def truncate(weight: Tensor, scheme: str, criterion: Criterion, name: str = "wei
     matrix = matricise(weight, scheme)
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
-    u, s = principal(wide, name)
-    rank = kept_rank(s, criterion).clamp(min=1)
-    most = int(rank.max())  # nobody waits: the decomposition has just been read
-    kept = torch.arange(most, device=s.device) < rank.unsqueeze(-1)
-    u, s = u[..., :most] * kept.unsqueeze(-2), s[..., :most].clamp(min=torch.finfo(s.dtype).tiny)
-    rows = u.mT @ wide.to(u.dtype)  # diag(s) V^T
-    pair = [u @ rows, (u / s.unsqueeze(-2)) @ rows]
+    u, s, rank = _principal(wide, criterion, name)
+    pair = _products(u, s, rank, wide.to(u.dtype))
     return Cut(*(unmatricise(a.mT.contiguous() if tall else a, weight.shape, scheme) for a in pair), rank)
+
+
+def _principal(wide: Tensor, criterion: Criterion, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s and the rank; a large matrix in float32 unless what is kept of it reaches below ``FLAT`` of s_0."""
+    kinds = [torch.float64] if wide.shape[-2] < LARGE or wide.dtype == torch.float64 else [torch.float32, torch.float64]
+    for kind in kinds:
+        u, s = principal(wide, name, kind)
+        rank = kept_rank(s, criterion).clamp(min=1)
+        last = s.gather(-1, rank.unsqueeze(-1) - 1)
+        if bool((last >= FLAT * s[..., :1]).all()):  # nobody waits: the decomposition has just been read
+            break
+    return u, s, rank
+
+
+def _products(u: Tensor, s: Tensor, rank: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """``U_r U_r^T W`` and ``U_r diag(1 / s_r) U_r^T W``, in the order that takes fewer products."""
+    most, full = int(rank.max()), s.shape[-1]
+    kept = (torch.arange(full, device=s.device) < rank.unsqueeze(-1)).unsqueeze(-2)
+    inverse = kept / s.clamp(min=torch.finfo(s.dtype).tiny).unsqueeze(-2)
+    if most <= 0.6 * full:
+        u, kept, inverse = u[..., :most], kept[..., :most], inverse[..., :most]
+        rows = u.mT @ wide
+        return (u * kept) @ rows, (u * inverse) @ rows
+    dropped = (u * ~kept)[..., int(rank.min()) :]
+    return wide - dropped @ (dropped.mT @ wide), ((u * inverse) @ u.mT) @ wide
 
 
 def select_layers(

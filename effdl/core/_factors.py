@@ -84,19 +84,23 @@ def svd(matrix: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def principal(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def principal(matrix: Tensor, name: str, precision: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Left singular vectors ``(..., m, m)`` and values ``(..., m)``, descending, of a wide matrix (m <= n).
 
-    Through its Gram matrix in float64, where squaring costs what float32 never had: values are exact to 1e-7 of the
+    Through its Gram matrix, in float64 where squaring costs what float32 never had: values are exact to 1e-7 of the
     largest, as :func:`svd`'s are, in a fifth of the time. What is made of them in training is made every few steps.
+
+    Args:
+        matrix: any floating type.
+        name: of the layer, for errors.
+        precision: of the Gram matrix. In float32, at half the time, the i-th value is exact to 1e-7 s_0 (s_0 / s_i).
 
     Raises:
         RuntimeError: as :func:`svd`.
     """
     wide = matrix.cpu() if matrix.device.type == "mps" else matrix  # which has no float64
-    wide = wide.double()
-    gram = wide @ wide.mT
-    if not bool(gram.isfinite().all()):
+    gram = _lower_gram(wide.to(precision))
+    if not bool(gram.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # sums of squares: of every entry
         raise RuntimeError(f"{name}: the decomposition of its weight failed: it has NaN or infinite entries.")
     try:
         values, vectors = torch.linalg.eigh(gram)
@@ -105,6 +109,17 @@ def principal(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     kind = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     own = {"device": matrix.device, "dtype": kind}
     return vectors.flip(-1).to(**own), values.flip(-1).clamp(min=0).sqrt().to(**own)
+
+
+def _lower_gram(wide: Tensor, block: int = 128) -> Tensor:
+    """The lower triangle of ``wide wide^T``, block by block: ``eigh`` reads no more."""
+    size = wide.shape[-2]
+    if size <= block:
+        return wide @ wide.mT
+    gram = wide.new_zeros(*wide.shape[:-1], size)
+    for start in range(0, size, block):
+        gram[..., start:, start : start + block] = wide[..., start:, :] @ wide[..., start : start + block, :].mT
+    return gram
 
 
 # ---- one layer -----------------------------------------------------------------------------------------------------

@@ -1,32 +1,21 @@
-"""trained-rank-pruning: golden numbers, identities, and what happens in a step (checks 1-5, 7, 8)."""
+"""trained-rank-pruning: golden numbers and identities (checks 1-3, 7)."""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.tuner import Tuner
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers.pytorch_utils import Conv1D
 
 from effdl.callbacks import TrainedRankPruningCallback
+from effdl.compression import trained_rank_pruning
 from effdl.compression.trained_rank_pruning import decompose, final_ranks, kept_rank, select_layers, truncate
-from effdl.core.errors import ConfigurationError
-from effdl.core.export import save_model
-from effdl.core.factorize import SCHEMES, dense_weight, factorize, load_factorized, matricise, split
-from tests.support import golden
+from effdl.core.factorize import SCHEMES, dense_weight, matricise, split
+from tests.compression.trained_rank_parts import GOLDEN, ONE, Net, Scripted, fit, share, tensor
 
-GOLDEN = golden("trained-rank-pruning")
 NAMES = {"NC": "channel", "VH": "spatial", "ND": "decouple"}
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-def tensor(value):
-    return torch.tensor(value, dtype=torch.float32)
 
 
 def close(name, a, b, atol=1e-5):
@@ -36,86 +25,11 @@ def close(name, a, b, atol=1e-5):
     return torch.allclose(a, b, atol=atol, rtol=0)
 
 
-class Net(LightningModule):
-    """A foreign module: two convolutions to cut, between a first one and a head that stay."""
-
-    def __init__(self, conv=lambda: nn.Conv2d(16, 16, 3, padding=1)):
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), conv(), nn.ReLU(),
-            nn.Conv2d(16, 16, 3, stride=2), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(144, 3),
-        )  # fmt: skip
-        self.lr = 0.05
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.cross_entropy(self.model(x), y)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val/accuracy", (self.model(batch[0]).argmax(-1) == batch[1]).float().mean())
-
-    test_step = validation_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
-
-
-CUT = ["model.3", "model.5"]
-
-
-def data(batches=8):
-    g = torch.Generator().manual_seed(1)
-    rows = [(torch.randn(6, 3, 8, 8, generator=g), torch.randint(0, 3, (6,), generator=g)) for _ in range(batches)]
-    return DataLoader(rows, batch_size=None)
-
-
-def fit(module, *callbacks, loader=None, val=None, ckpt_path=None, **kwargs):
-    options = {"max_epochs": 2, **QUIET, **kwargs}
-    options["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    trainer = Trainer(callbacks=list(callbacks), num_sanity_val_steps=0, **options)
-    loader = data() if loader is None else loader
-    trainer.fit(module, loader, val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
-
-
-def trp(**kwargs):
-    return TrainedRankPruningCallback(**{"keep_energy": 0.7, "every": 3, **kwargs})
-
-
-def share(rank, full):
-    """The criterion that keeps exactly this rank."""
-    return "linear", (rank + 0.5) / full if rank < full else 1.0
-
-
 def test_must_01_golden_criteria():
     s, want = tensor(GOLDEN["singular_values_NC"]), GOLDEN["criteria_on_singular_values_NC"]
     rules = {"energy_0.9_squared": ("energy", 0.9), "energy_0.9_plain": ("energy_plain", 0.9)}
     rules |= {"value_0.05": ("value", 0.05), "linear_0.5": ("linear", 0.5)}
     assert {name: int(kept_rank(s, rule)) for name, rule in rules.items()} == want
-
-
-class Scripted(LightningModule):
-    """loss = <weight, gradient>, plain SGD."""
-
-    def __init__(self, weight, gradient, lr):
-        super().__init__()
-        self.layer = nn.Conv2d(*weight.shape[1::-1], 3, bias=False)
-        self.layer.weight = nn.Parameter(weight.clone())
-        self.gradient, self.lr, self.seen = gradient, lr, []
-
-    def training_step(self, batch, batch_idx):
-        return (self.layer.weight * self.gradient).sum()
-
-    def configure_gradient_clipping(self, optimizer, **kwargs):
-        self.seen.append(self.layer.weight.grad.clone())
-        super().configure_gradient_clipping(optimizer, **kwargs)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), self.lr)
-
-
-ONE = DataLoader([torch.zeros(1)], batch_size=None)
 
 
 @pytest.mark.parametrize("key", NAMES)
@@ -187,49 +101,6 @@ def test_must_03_subgradient_is_that_of_the_nuclear_norm():
             assert torch.allclose(norm, torch.full_like(norm, rank), rtol=1e-4)
 
 
-def test_must_04_the_forward_sees_low_rank_at_a_cut_and_is_free_between():
-    seen = []
-
-    class Watch(Net):
-        def training_step(self, batch, batch_idx):
-            s = torch.linalg.svdvals(self.model[3].weight.detach().flatten(1))
-            seen.append((callback.step, int(callback._ranks["model.3"]), s / s[0]))
-            return super().training_step(batch, batch_idx)
-
-    fit(Watch(), callback := trp())
-    assert len(seen) == 16
-    for step, rank, s in seen:
-        assert rank < 16
-        assert (s[rank:] < 1e-5).all() == (step % 3 == 0), step
-        assert (s[:rank] > 1e-5).all()
-
-
-def test_must_05_one_cut_per_optimizer_step_under_accumulation():
-    counts = []
-    for accumulate, batches in ((1, 8), (4, 32)):
-        callback = trp(every=2)
-        cut, at = callback._cut, []
-        callback._cut = lambda cut=cut, at=at, callback=callback, **kw: (at.append(callback.step), cut(**kw))
-        fit(Net(), callback, loader=data(batches), max_epochs=1, accumulate_grad_batches=accumulate)
-        counts.append(at)
-    assert counts == [[0, 2, 4, 6]] * 2
-
-
-def test_subgradient_is_there_before_clipping_and_only_at_cuts():
-    weight, lam = tensor(GOLDEN["weight"]), 0.5
-    loader = DataLoader([torch.zeros(1)] * 3, batch_size=None)
-    for every_step in (False, True):
-        module = Scripted(weight, torch.zeros_like(weight), 0.0)  # W only moves by the cut at step 0
-        callback = trp(every=2, stop=1, nuclear_weight=lam, nuclear_every_step=every_step, targets="layer")
-        fit(module, callback, loader=loader, max_epochs=1, gradient_clip_val=1e-3)
-        direction = truncate(weight, "channel", ("energy", 0.7)).subgradient
-        assert torch.allclose(module.seen[0], lam * direction, atol=1e-6)
-        once = truncate(weight, "channel", ("energy", 0.7)).weight  # the weight as it is at the second step
-        again = lam * truncate(once, "channel", ("energy", 0.7)).subgradient
-        assert torch.allclose(module.seen[1], again if every_step else torch.zeros_like(weight), atol=1e-5)
-        assert not module.seen[2].any()  # after ``stop``
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_must_07_decomposed_model_is_smaller_and_equals_the_truncated_one(scheme):
     model = Net().model.eval()
@@ -247,101 +118,22 @@ def test_must_07_decomposed_model_is_smaller_and_equals_the_truncated_one(scheme
     assert torch.allclose(small(x), model(x), atol=1e-4)
 
 
-def test_must_08_resume_is_the_uninterrupted_run(tmp_path):
-    fit(whole := Net(), trp(decompose=False), max_epochs=4)
-    save = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
-    fit(Net(), trp(decompose=False), save)
-    fit(resumed := Net(), trp(decompose=False), max_epochs=4, ckpt_path=tmp_path / "last.ckpt")
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
-        assert torch.allclose(a, b, atol=1e-6, rtol=0), name
-
-
-def test_training_leaves_the_small_model_that_rebuilds_itself(tmp_path):
-    module, callback, save = Net(), trp(calibration_batches=2), ModelCheckpoint(tmp_path, save_last=True)
-    run = fit(module, callback, save, val=data(2))
-    assert set(callback.ranks) == set(CUT)
-    assert type(module.model[3]) is nn.Sequential
-    told = callback.report()
-    accuracy = told["after"]["metrics"]["val/accuracy"]
-    assert run.callback_metrics["val/accuracy"] == accuracy
-    assert run.validate(module, data(2), verbose=False)[0]["val/accuracy"] == accuracy
-    assert told["before"]["parameters"] == sum(p.numel() for p in Net().model.parameters())
-    assert told["multiply_adds_after"] < told["multiply_adds_before"]
-    assert told["layers"]["model.5"]["macs after"] < told["layers"]["model.5"]["macs before"]
-    factorize(again := Net(), callback.ranks, inplace=True)
-    again.load_state_dict(module.state_dict(), strict=True)
-    assert save_model(module, tmp_path / "model") == "safetensors"
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(load_factorized(Net().model.eval(), tmp_path / "model")(x), module.model.eval()(x))
-    # the checkpoint is the plain dense model
-    dense = Net()
-    dense.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"], strict=True)
-    # the finished module tests its own dense checkpoint, and validation splits it again
-    tester = Trainer(callbacks=[callback], enable_checkpointing=False, **QUIET)
-    tester.test(module, data(2), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False)
-    assert type(module.model[3]) is nn.Conv2d
-    ranks = callback.ranks
-    tester.validate(module, data(2), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False)
-    assert callback.ranks == ranks
-    assert type(module.model[3]) is nn.Sequential
-    # another fit joins the factors and goes on
-    fit(module, callback, max_epochs=1)
-    assert type(module.model[3]) is nn.Sequential
-
-
-def test_layers_of_transformers_and_those_that_stay_dense():
+@pytest.mark.parametrize("reach", [0.2, 0.01])
+def test_large_matrices_are_cut_in_float32_down_to_where_it_is_exact(monkeypatch, reach):
+    """The last singular value that is kept is ``reach`` times the first."""
     torch.manual_seed(0)
-    net = nn.Sequential(Conv1D(16, 16), nn.Conv1d(16, 16, 3, groups=16), nn.Linear(16, 16), nn.Linear(16, 4))
-    with pytest.warns(UserWarning, match="stay dense: 1 has groups=16"):
-        layers = select_layers(net, "channel")
-    assert list(layers) == ["0", "2"]
-    with pytest.raises(ConfigurationError, match="leave no layer to cut.*1 has groups=16"):
-        select_layers(net, "channel", targets="1")
-
-    class Words(LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def training_step(self, batch, batch_idx):
-            return 0 * sum(p.sum() for p in self.net.parameters())
-
-        configure_optimizers = Scripted.configure_optimizers
-        lr = 1.0
-
-    before = net[0].weight.detach().clone()
-    fit(Words(), trp(keep_energy=0.6, nuclear_weight=0.1, decompose=False, targets="net.0"), loader=ONE, max_steps=1)
-    cut = truncate(before.t(), "channel", ("energy", 0.6))
-    assert torch.allclose(net[0].weight.t(), cut.weight - 0.1 * cut.subgradient, atol=1e-5)
-
-
-def test_dead_broken_and_tied_layers_are_named():
-    module = Net()
-    with torch.no_grad():
-        module.model[3].weight.zero_()
-    with pytest.warns(UserWarning, match="rank 1 is kept: 3"):
-        _, rows = decompose(module.model, select_layers(module.model, "channel"), "channel", ("value", 0.05))
-    assert rows["3"]["rank"] == 1
-    fit(module, trp(), max_steps=1)  # a cut of zeros is zeros
-    module = Net()
-    with torch.no_grad():
-        module.model[5].weight[0, 0, 0, 0] = torch.nan
-    with pytest.raises(RuntimeError, match="model.5: .* NaN"):
-        fit(module, trp())
-    module = Net()
-    module.model[5].weight = module.model[3].weight
-    with pytest.raises(ConfigurationError, match="model.3 cannot be factorised: its weight is tied"):
-        fit(module, trp())
-    fit(module, callback := trp(decompose=False), max_steps=1)
-    assert callback.matched(module) == ["model.3"]  # once
-
-
-def test_an_average_is_cut_before_it_is_split_and_the_rate_finder_splits_nothing(tmp_path):
-    for order in (1, -1):
-        callback = trp(final_criterion=("value", 1e-3))
-        fit(module := Net(), *[callback, EMAWeightAveraging(decay=0.9)][::order], val=data(1))
-        assert all(row["rank"] < 16 for row in callback.rows.values())
-        assert type(module.model[3]) is nn.Sequential
-    trainer = Trainer(callbacks=[trp()], default_root_dir=tmp_path, max_epochs=1, **QUIET)
-    Tuner(trainer).lr_find(module := Net(), data(), num_training=4, update_attr=False)
-    assert type(module.model[3]) is nn.Conv2d
+    (u, _), (v, _) = (torch.linalg.qr(torch.randn(size, 256, dtype=torch.float64)) for size in (256, 300))
+    s = torch.cat([torch.logspace(0, math.log10(reach), 200), torch.full((56,), reach / 2)]).double()
+    weight = ((u * s) @ v.mT).float()
+    kept, exact = u[:, :200] * s[:200] @ v.mT[:200], u[:, :200] @ v.mT[:200]
+    asked = []
+    principal = trained_rank_pruning.principal
+    spy = lambda *args: (asked.append(args[-1]), principal(*args))[1]  # noqa: E731
+    monkeypatch.setattr(trained_rank_pruning, "principal", spy)
+    for turned in (False, True):
+        cut = truncate(weight.t() if turned else weight, "channel", ("value", 0.75 * reach))
+        assert int(cut.rank) == 200
+        found = [part.t() if turned else part for part in (cut.weight, cut.subgradient)]
+        assert torch.allclose(found[0].double(), kept, atol=1e-6)
+        assert torch.allclose(found[1].double(), exact, atol=2e-5)
+    assert asked == [torch.float32] * 2 if reach > trained_rank_pruning.FLAT else [torch.float32, torch.float64] * 2

@@ -203,6 +203,19 @@ def test_the_gram_matrix_in_double_precision_gives_the_svd(shape):
     assert torch.allclose(vectors.mT @ matrix, signs.mT * s.unsqueeze(-1) * vh, atol=1e-6)
 
 
+@pytest.mark.parametrize(("precision", "atol"), [(torch.float32, 1e-5), (torch.float64, 2e-7)])
+def test_the_gram_matrix_of_a_large_matrix_is_made_block_by_block(precision, atol):
+    matrix = torch.randn(2, 300, 400, generator=torch.Generator().manual_seed(0))
+    exact = torch.linalg.svdvals(matrix.double())
+    vectors, values = principal(matrix, "a", precision)
+    assert torch.allclose(values.double() / exact[:, :1], exact / exact[:, :1], atol=atol, rtol=0)
+    rows = (vectors.mT @ matrix).double()
+    assert torch.allclose(rows.norm(dim=-1) / exact[:, :1], exact / exact[:, :1], atol=2e-6, rtol=0)
+    matrix[1, 250, 7] = math.inf
+    with pytest.raises(RuntimeError, match="a: .* NaN or infinite"):
+        principal(matrix, "a", precision)
+
+
 def test_multiply_adds_are_counted_at_the_outputs():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(128, 5), nn.Dropout())
     x = torch.randn(2, 3, 8, 8)
