@@ -61,6 +61,14 @@ def unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         probe.cache_clear()
 
 
+def run_ranks(module: str, folder: Path, timeout: float = 300) -> None:
+    """``module.run(rank, folder)`` in two gloo processes joined already; what they say is in files of ``folder``."""
+    command = [sys.executable, "-m", "tests.ranks", module, str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def check_quantized_artifact(model, make_fresh, inputs: tuple, folder: Path) -> None:
     """What every quantiser's finished model must hold: few distinct codes, no float weight left in memory or on disk,
     the promised size, and the same outputs when reopened, also in a process that has never heard of effdl.

@@ -14,8 +14,8 @@ from effdl.core.noise import CosineVP, LinearVP, TableVP, betas
 from effdl.core.solvers import odeint
 from effdl.diffusion._adjoint_dpm_ode import adjoint_odeint, stage_weights
 from effdl.diffusion._adjoint_dpm_sampler import AdjointSampler, rho_grid, time_grid
-from tests.diffusion.adjoint_dpm_ranks import Small, batch, gradients, run, sampler
-from tests.support import golden
+from tests.diffusion.adjoint_dpm_ranks import Small, batch, gradients, sampler
+from tests.support import golden, run_ranks
 
 DOUBLE = torch.float64
 
@@ -306,7 +306,7 @@ def test_must_08_backward_twice_and_second_derivatives():
 
 @pytest.mark.ddp
 def test_must_09_two_processes_have_the_joined_batch_s_gradient(tmp_path):
-    torch.multiprocessing.spawn(run, args=(str(tmp_path),), nprocs=2)
+    run_ranks("tests.diffusion.adjoint_dpm_ranks", tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, gradient in gradients(sampler(), *batch()).items():
         assert torch.equal(ranks[0][name], ranks[1][name])

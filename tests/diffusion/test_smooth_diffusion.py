@@ -20,7 +20,7 @@ from effdl.diffusion.smooth_diffusion import (
     weighted_direction,
 )
 from tests.diffusion import smooth_diffusion_ranks
-from tests.support import golden
+from tests.support import golden, run_ranks
 
 TABLE = torch.cumprod(1 - betas("linear", 1000), 0)
 
@@ -144,7 +144,7 @@ def test_penalty_is_the_official_formula_with_the_gradient_through_the_new_mean(
 
 
 def test_must_10_two_processes_equal_one_with_the_joined_batch(tmp_path):
-    torch.multiprocessing.spawn(smooth_diffusion_ranks.run, (str(tmp_path),), nprocs=2)
+    run_ranks("tests.diffusion.smooth_diffusion_ranks", tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     joined = smooth_diffusion_ranks.steps(slice(None))
     assert len(joined) == len(first) == 3

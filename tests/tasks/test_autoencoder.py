@@ -15,7 +15,7 @@ from effdl.core.errors import ConfigurationError
 from effdl.tasks import tiny
 from effdl.tasks.autoencoder import AutoencoderModule
 from effdl.tasks.text_to_image import TextToImageModule
-from tests.tasks.test_text_to_image import data, fit, same
+from tests.tasks.text_to_image_parts import data, fit, same
 
 adam = partial(torch.optim.Adam, lr=0.005)
 
