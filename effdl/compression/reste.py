@@ -38,44 +38,57 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 def sign(z: Tensor, zero_sign: ZeroSign = "plus") -> Tensor:
     """-1 and +1; zero (of either sign) is +1, or with ``"zero"`` 0 as in the official code."""
-    if zero_sign == "zero":
-        return torch.sign(z)
-    return torch.where(z >= 0, 1.0, -1.0).to(z.dtype)
+    signs = torch.sign(z)
+    return signs if zero_sign == "zero" else signs.add_(0.5).sign_()
 
 
 def reste_slope(z: Tensor, o: Tensor | float, t: float = 1.5, m: float = 0.1) -> Tensor:
-    """The surrogate's derivative at ``z`` (module docstring); float32 or wider, the shape of ``z``."""
+    """The surrogate's derivative at ``z`` (module docstring); float32 or wider, the shape of ``z``.
+
+    The constant part is the curve ``(1/o) size^power`` at ``size = m o^(1/power)``, which lies below m: one power
+    serves both parts, its base is never 0, and no boolean mask is made.
+    """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     o = torch.as_tensor(o, dtype=z.dtype, device=z.device)
-    size = z.abs()
     power = (1 - o) / o
-    # a safe base before the power: |0| ** power is infinite, and 0 * inf is NaN
-    curve = torch.where(size > m, size, 1.0) ** power / o
-    flat = torch.as_tensor(m, dtype=z.dtype, device=z.device) ** power
-    return torch.where(size > t, 0.0, torch.where(size > m, curve, flat))
+    size = z.abs()
+    base = F.threshold(size, m, 0.0).clamp(min=m * o ** (1 / power))
+    curve = (base**power).div_(o)
+    return curve.sub_(torch.ops.aten.threshold_backward(curve, size, t))  # its second argument where size > t, else 0
 
 
 class _ReSTESign(torch.autograd.Function):
+    """``alpha sign(z)``, in one node because weights are large; ``alpha=None`` is 1."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z: Tensor, o: Tensor, t: float, m: float, zero_sign: str) -> Tensor:
-        return sign(z, zero_sign)
+    def forward(z: Tensor, alpha: Tensor | None, o: Tensor, t: float, m: float, zero_sign: ZeroSign) -> Tensor:
+        return sign(z, zero_sign) if alpha is None else alpha * sign(z, zero_sign)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        z, o, ctx.t, ctx.m, _ = inputs
-        ctx.save_for_backward(z, o)
+        z, alpha, o, ctx.t, ctx.m, ctx.zero_sign = inputs
+        ctx.save_for_backward(z, alpha, o)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        z, o = ctx.saved_tensors
-        return (grad * reste_slope(z, o, ctx.t, ctx.m)).to(z.dtype), None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, alpha, o = ctx.saved_tensors
+        by_alpha = None
+        if ctx.needs_input_grad[1]:
+            by_alpha = (grad * sign(z, ctx.zero_sign)).sum_to_size(alpha.shape)
+        grad = grad if alpha is None else alpha * grad
+        return (grad * reste_slope(z, o, ctx.t, ctx.m)).to(z.dtype), by_alpha, None, None, None, None
 
 
 def reste_sign(
-    z: Tensor, o: Tensor | float = 1.0, t: float = 1.5, m: float = 0.1, zero_sign: ZeroSign = "plus"
+    z: Tensor,
+    o: Tensor | float = 1.0,
+    t: float = 1.5,
+    m: float = 0.1,
+    zero_sign: ZeroSign = "plus",
+    alpha: Tensor | None = None,
 ) -> Tensor:
     """``sign(z)`` whose gradient is :func:`reste_slope`; differentiable once (a second backward raises).
 
@@ -84,11 +97,12 @@ def reste_sign(
         o: the power, >= 1; a scalar tensor under ``torch.compile``, so that annealing does not recompile.
         t, m: where the gradient ends, and below which it is constant.
         zero_sign: what sign(0) is.
+        alpha: a factor that broadcasts to ``z``; it gets its gradient.
     """
-    if not torch.is_grad_enabled():
-        return sign(z, zero_sign)  # nothing but stock operations, for export
+    if not torch.is_grad_enabled():  # nothing but stock operations, for export
+        return sign(z, zero_sign) if alpha is None else alpha * sign(z, zero_sign)
     power = torch.as_tensor(o, dtype=torch.float32, device=z.device)
-    return _ReSTESign.apply(z, power, t, m, zero_sign)
+    return _ReSTESign.apply(z, alpha, power, t, m, zero_sign)
 
 
 def o_schedule(epoch: float, epochs: int, o_end: float = 3.0, schedule: str = "cosine") -> float:
@@ -135,7 +149,7 @@ def binary_weight(weight: Tensor, o: Tensor | float, settings: Binary = Binary()
     """``alpha sign(W)``, the shape of W; alpha = mean |W| of the layer, or of each output channel."""
     alpha = weight.abs().mean() if settings.scale == "layer" else _per_channel(weight.abs())
     alpha = alpha.detach() if settings.detach_scale else alpha
-    return alpha * reste_sign(weight, o, settings.t, settings.m, settings.zero_sign)
+    return reste_sign(weight, o, settings.t, settings.m, settings.zero_sign, alpha)
 
 
 def _per_channel(size: Tensor) -> Tensor:

@@ -247,6 +247,33 @@ def test_gradients_of_gradients_are_refused_and_vmap_works():
     torch.testing.assert_close(slopes, reste_slope(rows, 2.0))
 
 
+@pytest.mark.parametrize("shape", [(), (3, 1)])
+def test_a_factor_in_the_same_node_gets_the_gradient_of_a_product(shape):
+    z, g, alpha = draw(3, 4), draw(3, 4, seed=1), torch.full(shape, 0.7)
+    fused = lambda z, alpha: (reste_sign(z, 2.0, alpha=alpha) * g).sum()  # noqa: E731
+    product = lambda z, alpha: (alpha * reste_sign(z, 2.0) * g).sum()  # noqa: E731
+    found, wanted = (torch.func.grad(f, argnums=(0, 1))(z, alpha) for f in (fused, product))
+    torch.testing.assert_close(found, wanted)
+    many = torch.vmap(torch.func.grad(fused, argnums=(0, 1)), in_dims=(0, None))(torch.stack([z, -z]), alpha)
+    torch.testing.assert_close([part[0] for part in many], list(wanted))
+    with torch.no_grad():
+        assert torch.equal(reste_sign(z, 2.0, alpha=alpha), alpha * reste_sign(z, 2.0))
+
+
+def test_signs_and_edges_of_the_slope_are_exact():
+    zeros = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3.0, -torch.inf])
+    assert reste_sign(zeros).tolist() == [1, 1, 1, -1, 1, -1]
+    assert reste_sign(zeros, zero_sign="zero").tolist() == [0, 0, 1, -1, 1, -1]
+    for kind in (torch.float32, torch.float64):
+        edges = torch.tensor([0.0, 0.25, 1.5], dtype=kind)
+        edges = torch.cat([edges, edges.nextafter(torch.tensor(9.0, dtype=kind))])
+        for o in (1.0, 1 + 1e-7, 1.7, 10.0):
+            power = (1 - o) / o
+            flat, at_m, at_t = 0.25**power, 0.25**power / o, 1.5**power / o
+            want = torch.tensor([flat, flat, at_t, flat, at_m, 0.0], dtype=kind)
+            torch.testing.assert_close(reste_slope(edges, o, m=0.25), want, rtol=1e-6, atol=0)
+
+
 def test_half_precision_computes_the_slope_in_float32():
     z = draw(100).bfloat16().requires_grad_()
     reste_sign(z, 3.0).sum().backward()
