@@ -130,7 +130,7 @@ def rows(names: list[str] | None = None) -> list[Row]:
             period=TrainedRankPruningCallback().every,
         ),
         Row("Maestro", with_callbacks(resnet, MaestroCallback), resnet, 1.5),
-        Row("ReSTE", with_callbacks(resnet, lambda: ReSTECallback(total_epochs=10)), resnet),
+        Row("ReSTE", with_callbacks(resnet, lambda: ReSTECallback(total_epochs=10)), resnet, 1.75),
         Row("PowerNorm v LayerNorm", with_callbacks(vit, lambda: PowerNormCallback(warmup_iters=0)), vit, 1.5),
         Row("PolyNorm v GELU", with_callbacks(vit, PolyComCallback), vit),
         Row("PolyReLU v GELU", with_callbacks(vit, lambda: PolyComCallback(kind="polyrelu")), vit),

@@ -47,7 +47,8 @@ class ReSTECallback(QuantizedTrainingCallback):
     Checkpoints hold ``alpha sign(W)`` under the original names and the latent weights beside. With 1-bit activations
     they mean the same network only in a model that ``compression.reste.binarize`` made binary; with
     ``activations=False`` in the bare model. Works with any optimizer and precision, accumulation and DDP (with few
-    examples a GPU use ``sync_batchnorm=True``). Cost: a few elementwise passes over weights and inputs.
+    examples a GPU use ``sync_batchnorm=True``). Cost: a dozen elementwise passes over weights and inputs; on 32x32
+    images a step of ResNet-18 takes 1.6 times as long.
 
     It fails where a ReLU feeds a binary layer: all signs are +1 then, and a warning names the place; put the BatchNorm
     behind the ReLU (conv, ReLU, BatchNorm, as in the paper's code). Grouped convolutions lose most. The paper trains
