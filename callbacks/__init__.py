@@ -33,6 +33,7 @@ _EXPORTS = {
     "SaRACallback": "effdl.callbacks.sara",
     "SharpnessCallback": "effdl.callbacks.sharpness",
     "SmoothGradCAMCallback": "effdl.callbacks.smooth_gradcampp",
+    "TimestepSamplerCallback": "effdl.callbacks.timestep_sampler",
     "TrainedRankPruningCallback": "effdl.callbacks.trained_rank_pruning",
 }
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from effdl.callbacks.sara import SaRACallback
     from effdl.callbacks.sharpness import SharpnessCallback
     from effdl.callbacks.smooth_gradcampp import SmoothGradCAMCallback
+    from effdl.callbacks.timestep_sampler import TimestepSamplerCallback
     from effdl.callbacks.trained_rank_pruning import TrainedRankPruningCallback
 
 __all__ = [
@@ -80,6 +82,7 @@ __all__ = [
     "SaRACallback",
     "SharpnessCallback",
     "SmoothGradCAMCallback",
+    "TimestepSamplerCallback",
     "TrainedRankPruningCallback",
 ]
 

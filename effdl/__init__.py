@@ -38,6 +38,7 @@ _EXPORTS = {
     "ProDiffModule": "effdl.diffusion.prodiff",
     "RectifiedFlowModule": "effdl.diffusion.rectified_flow_transformer",
     "ReflowModule": "effdl.diffusion.instaflow",
+    "ScoreSDEMixin": "effdl.diffusion.score_sde",
     "ScoreSDEModule": "effdl.diffusion.score_sde",
     "SmoothDiffusionMixin": "effdl.diffusion.smooth_diffusion",
     "SmoothDiffusionModule": "effdl.diffusion.smooth_diffusion",
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
     from effdl.diffusion.koala import KOALADistillationModule
     from effdl.diffusion.prodiff import ProDiffModule
     from effdl.diffusion.rectified_flow_transformer import RectifiedFlowModule
-    from effdl.diffusion.score_sde import ScoreSDEModule
+    from effdl.diffusion.score_sde import ScoreSDEMixin, ScoreSDEModule
     from effdl.diffusion.smooth_diffusion import SmoothDiffusionMixin, SmoothDiffusionModule
     from effdl.tasks.autoencoder import AutoencoderModule
     from effdl.tasks.diffusion import DiffusionModule
@@ -93,6 +94,7 @@ __all__ = [
     "ProDiffModule",
     "RectifiedFlowModule",
     "ReflowModule",
+    "ScoreSDEMixin",
     "ScoreSDEModule",
     "SmoothDiffusionMixin",
     "SmoothDiffusionModule",

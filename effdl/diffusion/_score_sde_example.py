@@ -1,4 +1,4 @@
-"""The tiny run of ``ScoreSDEModule`` that the contract suite drives."""
+"""The tiny runs of ``ScoreSDEModule`` and ``ScoreSDEMixin`` that the contract suite drives."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
 
 from effdl.core.contract import ContractExample
 from effdl.core.random import generator
@@ -31,6 +33,57 @@ def example() -> ContractExample:
         },
         data=images,
         example_input=lambda module: (torch.randn(2, 1, 8, 8), torch.tensor([999.0, 10.0])),
+    )  # fmt: skip
+
+
+class Denoiser(nn.Module):
+    """Two convolutions and the time, for images of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.time = nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        time = self.time(label[:, None].to(x.dtype) / 1000)
+        return self.last(torch.tanh(self.first(x) + time[:, :, None, None]))
+
+
+class Denoising(LightningModule):
+    """Somebody's module, which trains its network in another way; optimizer and schedule are its own."""
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net = Denoiser() if net is None else net
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        noisy = batch[0] + torch.randn_like(batch[0])
+        return (self.net(noisy, torch.zeros(len(noisy))) - batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        made = torch.optim.SGD(self.parameters(), 0.02, momentum=0.9)
+        return [made], [torch.optim.lr_scheduler.StepLR(made, 1, 0.7)]
+
+
+def mixin_example() -> ContractExample:
+    """Somebody's small denoiser under the vp equation, sampled in a few steps."""
+    from effdl.diffusion.score_sde import ScoreSDEMixin
+
+    class Mine(ScoreSDEMixin, Denoising):
+        pass
+
+    kwargs: dict[str, Any] = {"sde": {"name": "vp", "steps": 25}, "network": "net"}
+    return ContractExample(
+        kwargs=kwargs,
+        bad={
+            "sde": ["vpsde", 3], "prediction": "sample", "sampler": ["euler", 3], "likelihood_weighting": "yes",
+            "reduce_mean": "yes", "levels": 1, "likelihood_batches": [-1, 2], "seed": -1, "network": [3, ""],
+        },
+        module=lambda: Mine(**kwargs),
+        rebuild=lambda _bare: Denoising(),
+        data=images,
+        finished=lambda module: module.net,
+        example_input=lambda _module: (torch.randn(2, 1, 8, 8), torch.tensor([999.0, 10.0])),
     )  # fmt: skip
 
 

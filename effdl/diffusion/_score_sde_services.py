@@ -1,34 +1,57 @@
-"""score-sde: what one trained network serves: samples, classes, inpainting, colours, likelihoods, latent codes."""
+"""score-sde: what one trained network serves: samples, classes, inpainting, colours, likelihoods, codes, files."""
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from effdl.core.capture import evaluating
+from effdl.core.capture import evaluating, named_module
 from effdl.core.errors import check, check_choice, check_integer
 from effdl.core.random import generator
+from effdl.diffusion._figures import save_rows
 from effdl.diffusion._score_sde_conditional import Classifier, class_score, colourise, inpaint
 from effdl.diffusion._score_sde_equations import SDE, Score
+from effdl.diffusion._score_sde_files import save_network
 from effdl.diffusion._score_sde_likelihood import Likelihood, likelihood
 from effdl.diffusion._score_sde_samplers import ODESampler, PCSampler, solve_flow
-from effdl.diffusion._score_sde_training import TRAIN_EPS, dequantise, dequantised_offset
+from effdl.diffusion._score_sde_training import TRAIN_EPS, Prediction, ScoreAdapter, dequantise, dequantised_offset
 
 SAMPLERS: dict[str, type[PCSampler] | type[ODESampler]] = {"pc": PCSampler, "ode": ODESampler}
+SHOWN = 10  # images in a row of samples.png
 
 
 class ScoreServices:
-    """The methods of ``ScoreSDEModule`` that use a finished network; all run it in eval mode."""
+    """The methods of ``ScoreSDEMixin`` that use a finished network; all run it in eval mode."""
 
-    model: nn.Module
     sde: SDE
-    score: Score
+    prediction: Prediction | None
     sampler: PCSampler | ODESampler
     levels: int | None
     device: torch.device
+    _network: str
     _shape: tuple[int, ...] | None
+    _told: dict[str, float]
+    _rows: list[Tensor]
+
+    @property
+    def score_network(self) -> nn.Module:
+        """The network that learns the score.
+
+        Raises:
+            ConfigurationError: there is no submodule of that name.
+        """
+        try:
+            return self.get_submodule(self._network)
+        except AttributeError:
+            return named_module(self, self._network, "network")  # says what there is
+
+    @property
+    def score(self) -> ScoreAdapter:
+        """The network as s(x, t)."""
+        return ScoreAdapter(self.score_network, self.sde, self.prediction)
 
     @torch.no_grad()
     def sample(
@@ -57,7 +80,7 @@ class ScoreServices:
         sampler, sde = sampler_of(sampler or self.sampler, self.sde), self.sde.with_steps(steps)
         score = self.score if labels is None else class_score(self.score, classifier, labels)
         draw = generator(seed)
-        with evaluating(self.model):
+        with evaluating(self.score_network):
             return sampler(sde, score, sde.prior((count, *self.example_shape(shape)), draw).to(self.device), draw)
 
     @torch.no_grad()
@@ -66,7 +89,7 @@ class ScoreServices:
         steps: int | None = None, seed: int = 0,
     ) -> Tensor:  # fmt: skip
         """Samples ``[B, ...]`` with the known part of ``data``; see :func:`inpaint` and :class:`Known`."""
-        with evaluating(self.model):
+        with evaluating(self.score_network):
             sde, data = self.sde.with_steps(steps), data.to(self.device)
             return inpaint(sde, self.score, data, mask, sampler, basis, generator(seed))
 
@@ -75,7 +98,7 @@ class ScoreServices:
         self, grey: Tensor, sampler: PCSampler | None = None, steps: int | None = None, seed: int = 0
     ) -> Tensor:
         """Colours ``[B, 3, H, W]`` for grey images ``[B, 1, H, W]``; see :func:`colourise`."""
-        with evaluating(self.model):
+        with evaluating(self.score_network):
             return colourise(self.sde.with_steps(steps), self.score, grey.to(self.device), sampler, generator(seed))
 
     def likelihood(
@@ -86,20 +109,20 @@ class ScoreServices:
         draw, x = generator(seed), x.to(self.device)
         if self.levels is not None:
             x = dequantise(x, self.levels, torch.rand(x.shape, generator=draw))
-        with evaluating(self.model):
+        with evaluating(self.score_network):
             options = {"offset": self.offset, "tolerance": tolerance, "generator": draw}
             return likelihood(self.sde, self.score, x, divergence, **options)
 
     @torch.no_grad()
     def encode(self, x: Tensor, tolerance: float = 1e-5) -> Tensor:
         """Latent code x(1) ``[B, ...]`` of (dequantised) data at t = 1e-5, by the ODE; unique, whatever the network."""
-        with evaluating(self.model):
+        with evaluating(self.score_network):
             return solve_flow(self.sde, self.score, x.to(self.device), TRAIN_EPS, 1.0, tolerance)
 
     @torch.no_grad()
     def decode(self, code: Tensor, tolerance: float = 1e-5) -> Tensor:
         """The inverse of :meth:`encode`."""
-        with evaluating(self.model):
+        with evaluating(self.score_network):
             return solve_flow(self.sde, self.score, code.to(self.device), 1.0, TRAIN_EPS, tolerance)
 
     @property
@@ -109,12 +132,48 @@ class ScoreServices:
 
     def example_shape(self, shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Of ``[C, H, W]``: as given, as of the data last seen, or as the U-Net's configuration says."""
-        config = getattr(self.model, "config", None)
+        config = getattr(self.score_network, "config", None)
         size = getattr(config, "sample_size", None)
         square = () if size is None else (size, size) if isinstance(size, int) else tuple(size)
         known = shape or self._shape or ((config.in_channels, *square) if square else None)
         check(known is not None, "shape", shape, "the shape of one example: this network does not say")
         return tuple(known)
+
+    def report(self) -> dict[str, Any]:
+        """Bits per dimension of the last validation, and the calls that each way of sampling takes."""
+        counted = CountedScore(self.score)
+        self._rows = []
+        for name, make in SAMPLERS.items():
+            with evaluating(self.score_network):
+                start = self.sde.prior((SHOWN, *self.example_shape()), generator(0)).to(self.device)
+                counted.calls = 0
+                self._rows.append(make()(self.sde, counted, start, generator(1)))
+            self._told[f"{name}_calls"] = counted.calls
+        return dict(self._told)
+
+    def figures(self, folder: Path) -> None:
+        """``samples.png``: predictor-corrector and ODE, from the same noises."""
+        if self._rows:
+            save_rows(self._rows, folder / "samples.png")
+
+    def record(self) -> dict[str, Any]:
+        """What ``sde.json`` and checkpoints say beside the weights."""
+        return {"sde": self.sde.config(), "prediction": self.score.prediction, "levels": self.levels}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The network as stock diffusers opens it, and ``sde.json``; ``ScoreSDEModule(folder)`` opens both."""
+        record = self.record()
+        save_network(folder, self.score_network, self.sde, record["prediction"], record)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint.setdefault("effdl", {})["score-sde"] = self.record()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get("effdl", {}).get("score-sde", {}).get("sde", self.sde.config())
+        same = saved | {"steps": self.sde.steps} == self.sde.config()
+        check(same, "sde", self.sde.config(), f"{saved}, the equation of the checkpoint")
 
 
 class CountedScore:

@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from effdl.core.batch import unpack
+from effdl.core.capture import evaluating
 from effdl.core.contract import ContractExample
 from effdl.core.errors import check, check_choice, check_integer, check_number
 from effdl.core.paper import Paper
@@ -200,10 +201,15 @@ class ReflowModule(LightningModule):
     def _step(self, batch: Any, draws: Draws) -> tuple[Tensor, Tensor, Condition]:
         """Loss, noise and condition of a batch."""
         x0, x1, condition = self._triplet(batch, draws)
-        velocity, t = self._velocity(condition), self._times(draws.uniform(len(x0)))
+        uniform = draws.uniform(len(x0)) if self.stage == "distill" else 1 - draws.rows(len(x0), self.draw_times, 0)
+        velocity, t = self._velocity(condition), self._times(uniform)
         if self._perceptual is None:
             return rectified_flow_loss(velocity, x0, x1, t), x0, condition
         return self._perceptual.on(x1)(wide(x0) + velocity(x0, t), x1), x0, condition
+
+    def draw_times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Training times ``[count]`` in [0, 1] with the *noise at 1*: what ``TimestepSamplerCallback`` replaces."""
+        return 1 - torch.rand(count, generator=generator, device=generator.device if generator else self.device)
 
     def _times(self, uniform: Tensor) -> Tensor:
         return time_points(uniform, self.steps if self.stage == "distill" else "uniform", self.eps)
@@ -256,13 +262,8 @@ class ReflowModule(LightningModule):
             check(not strict, "steps", steps, f"steps={self.steps}", text)
             warnings.warn(text, stacklevel=2)
         noise = self.source.noise(condition, seed).to(self.device) if noise is None else noise
-        training = self.model.training
-        self.model.eval()
-        try:
-            x1 = self.source.solve(noise, condition, steps, guidance, self.model)
-        finally:
-            self.model.train(training)
-        return self.source.decode(x1)
+        with evaluating(self.model):
+            return self.source.decode(self.source.solve(noise, condition, steps, guidance, self.model))
 
     def figures(self, folder: Path) -> None:
         """``samples.png``: the noise and conditions of a validation batch, a row for each number of steps."""

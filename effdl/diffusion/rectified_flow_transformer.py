@@ -187,9 +187,18 @@ class RectifiedFlowModule(LightningModule):
         """The velocity ``[B, ...]``, noise minus data, at times ``[B]`` in [0, 1] with the noise at 1."""
         return PAPER_TIME.denoiser(self.model)(z, t, condition)
 
+    @property
+    def timestep_shift(self) -> float:
+        """Alpha by which :meth:`draw_times` shifts."""
+        return self.shift
+
+    def draw_times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Training times ``[count]`` of the density, shifted; fp32. What ``TimestepSamplerCallback`` replaces."""
+        return shift_time(self.density.sample(count, generator), self.shift)
+
     def times(self, draws: Draws, count: int) -> Tensor:
-        """This process's training times ``[count]``: drawn from the density, then shifted; fp32."""
-        return shift_time(draws.rows(count, self.density.sample, 0), self.shift)
+        """This process's training times ``[count]``, of those drawn for all."""
+        return draws.rows(count, self.draw_times, 0)
 
     def _velocity(self, condition: Condition) -> Velocity:
         return guided_velocity(self, condition, None, 1.0)

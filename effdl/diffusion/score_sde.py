@@ -7,7 +7,6 @@ predictors, correctors, ODE: ``_samplers``; bits per dimension: ``_likelihood``;
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,16 +15,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from effdl.core.batch import unpack
-from effdl.core.capture import evaluating
 from effdl.core.contract import ContractExample
-from effdl.core.errors import check, check_choice, check_integer
+from effdl.core.errors import ConfigurationError, check, check_choice, check_integer
 from effdl.core.paper import Paper
-from effdl.core.random import generator
+from effdl.core.steps import require_automatic_optimization
 from effdl.diffusion._draws import Draws
-from effdl.diffusion._figures import save_rows
 from effdl.diffusion._score_sde_conditional import Known, class_score, colourise, grey_basis, inpaint
 from effdl.diffusion._score_sde_equations import SDE, SDES, VE, VP, Score, SubVP, sde_of
-from effdl.diffusion._score_sde_files import open_network, save_network
+from effdl.diffusion._score_sde_files import open_network
 from effdl.diffusion._score_sde_likelihood import Likelihood, exact_divergence, hutchinson, likelihood
 from effdl.diffusion._score_sde_samplers import (
     CORRECTORS,
@@ -39,7 +36,7 @@ from effdl.diffusion._score_sde_samplers import (
     reverse_diffusion,
     solve_flow,
 )
-from effdl.diffusion._score_sde_services import SAMPLERS, CountedScore, ScoreServices, sampler_of
+from effdl.diffusion._score_sde_services import ScoreServices, sampler_of
 from effdl.diffusion._score_sde_training import (
     TRAIN_EPS,
     ScoreAdapter,
@@ -51,15 +48,152 @@ from effdl.tasks._optimizers import optimizer_and_scheduler
 
 __all__ = [
     "CORRECTORS", "PREDICTORS", "SDE", "SDES", "VE", "VP", "Known", "Likelihood", "ODESampler", "PCSampler", "Score",
-    "ScoreAdapter", "ScoreSDEModule", "SubVP", "ancestral", "annealed_langevin", "class_score", "colourise",
-    "dequantise", "dequantised_offset", "euler_maruyama", "exact_divergence", "grey_basis", "hutchinson", "inpaint",
-    "langevin", "likelihood", "reverse_diffusion", "score_matching_loss", "sde_of", "solve_flow",
+    "ScoreAdapter", "ScoreSDEMixin", "ScoreSDEModule", "SubVP", "ancestral", "annealed_langevin", "class_score",
+    "colourise", "dequantise", "dequantised_offset", "euler_maruyama", "exact_divergence", "grey_basis", "hutchinson",
+    "inpaint", "langevin", "likelihood", "reverse_diffusion", "score_matching_loss", "sde_of", "solve_flow",
 ]  # fmt: skip
 
-SHOWN = 10  # images in a row of samples.png
+PAPER = Paper(
+    slug="score-sde",
+    title="Score-Based Generative Modeling through Stochastic Differential Equations",
+    authors=(
+        "Song, Yang", "Sohl-Dickstein, Jascha", "Kingma, Diederik P.", "Kumar, Abhishek", "Ermon, Stefano",
+        "Poole, Ben",
+    ),
+    year=2021,
+    arxiv="2011.13456",
+    venue="ICLR",
+)  # fmt: skip
+SETTINGS = (
+    "sde", "prediction", "sampler", "likelihood_weighting", "reduce_mean", "levels", "likelihood_batches", "seed",
+)  # fmt: skip
 
 
-class ScoreSDEModule(ScoreServices, LightningModule):
+class ScoreSDEMixin(ScoreServices):
+    """Trains the network of somebody's module as a score in continuous time, and serves what a score can (Score SDE).
+
+    ``class Mine(ScoreSDEMixin, YourModule)``: network, optimizer, schedulers, ``forward`` and everything else stay
+    yours; ``training_step``, ``validation_step`` and ``predict_step`` are replaced by the paper's loss, its value on
+    validation data, and its sampler (``Mine`` may have its own again). On top come ``score``, ``sample``, ``inpaint``,
+    ``colourise``, ``likelihood``, ``encode``, ``decode`` and ``save_pretrained``. A checkpoint's ``state_dict`` is your
+    module's own. Batches, logged values, advice and what fails: :class:`ScoreSDEModule`, this mixin around a network.
+
+    Args:
+        network: name of the submodule that is called as ``network(x, label)``; :class:`ScoreAdapter` says the labels.
+        sde, prediction, sampler, likelihood_weighting, reduce_mean, levels, likelihood_batches, seed: see
+            :class:`ScoreSDEModule`; attributes of the module afterwards.
+
+    Raises:
+        ConfigurationError: an argument out of range; the mixin is not the first base; the module has attributes of
+            these names already; before the first step: no such network, manual optimisation.
+
+    Example::
+
+        class Mine(ScoreSDEMixin, MyModule): ...        # MyModule sets self.net and configures an optimizer
+
+        module = Mine(sde="subvp", levels=256, network="net")
+        Trainer(max_steps=2000).fit(module, images)
+        print(module.likelihood(module.sample(16)).bits.median())
+    """
+
+    paper: ClassVar[Paper] = PAPER
+
+    def __init__(
+        self,
+        *args: Any,
+        sde: SDE | dict[str, Any] | str = "vp",
+        prediction: Literal["epsilon", "score"] | None = None,
+        sampler: PCSampler | ODESampler | str = "pc",
+        likelihood_weighting: bool = False,
+        reduce_mean: bool | None = None,
+        levels: int | None = None,
+        likelihood_batches: int = 0,
+        seed: int = 0,
+        network: str = "model",
+        **kwargs: Any,
+    ) -> None:
+        check_choice("prediction", prediction, (None, "epsilon", "score"))
+        check_choice("likelihood_weighting", likelihood_weighting, (True, False))
+        check_choice("reduce_mean", reduce_mean, (None, True, False))
+        for name, value in (("likelihood_batches", likelihood_batches), ("seed", seed)):
+            check_integer(name, value, 0)
+        if levels is not None:
+            check_integer("levels", levels, 2)
+        check(likelihood_batches == 0 or levels is not None, "likelihood_batches", likelihood_batches,
+              "0 without levels", "The bits of a density need to know how fine the data are.")  # fmt: skip
+        check(isinstance(network, str) and network != "", "network", network, "the name of a submodule")
+        sde = sde_of(sde)
+        sampler = sampler_of(sampler, sde)
+        super().__init__(*args, **kwargs)
+        taken = [name for name in SETTINGS if hasattr(self, name)]
+        check(not taken, "module", taken, "one without attributes of these names", "Rename its own.")
+        self.sde, self.prediction, self.sampler = sde, prediction, sampler
+        self.likelihood_weighting, self.likelihood_batches = likelihood_weighting, likelihood_batches
+        self.reduce_mean = sde.reduce_mean if reduce_mean is None else reduce_mean
+        self.levels, self.seed, self._network = levels, seed, network
+        self._shape: tuple[int, ...] | None = None
+        self._told: dict[str, float] = {}
+        self._rows: list[Tensor] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(ScoreSDEMixin)]
+        wrong = [c.__name__ for c in before if "training_step" in vars(c) and not issubclass(c, ScoreSDEMixin)]
+        if wrong:
+            raise ConfigurationError(f"ScoreSDEMixin must come first: class {cls.__name__}(ScoreSDEMixin, {wrong[0]}).")
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        require_automatic_optimization(self, "ScoreSDEMixin")
+        _ = self.score  # a network that does not fit, or is not there, is told before the first step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x0, draws = self._data(batch, self.current_epoch, batch_idx)
+        loss = self._loss(x0, draws)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x0))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x0, draws = self._data(batch, -1, batch_idx)
+        self.log("val/loss", self._loss(x0, draws), prog_bar=True, sync_dist=True, batch_size=len(x0))
+        if batch_idx < self.likelihood_batches and not self.trainer.sanity_checking:  # an untrained ODE takes minutes
+            found = likelihood(self.sde, self.score, x0, offset=self.offset, generator=draws.stream(3))
+            bits = found.bits.median()
+            self._told = {"bits_per_dim": bits.item(), "likelihood_calls": found.calls}
+            self.log("score-sde/bits_per_dim", bits, prog_bar=True, sync_dist=True, batch_size=len(x0))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """As many samples as the batch has examples."""
+        x0, draws = self._data(batch, -1, batch_idx)
+        start = self.sde.prior_std * draws.noise(x0.shape)
+        return self.sampler(self.sde, self.score, start, draws.stream(3 + self.global_rank))
+
+    def _data(self, batch: Any, epoch: int, batch_idx: int) -> tuple[Tensor, Draws]:
+        x0, draws = unpack(batch).inputs, Draws(self.seed, epoch, batch_idx, self.device)
+        self._shape = tuple(x0.shape[1:])
+        if self.levels is None:
+            return x0, draws
+        count, *rest = x0.shape
+        u = draws.rows(count, lambda n, stream: torch.rand(n, *rest, generator=stream, device=stream.device), 2)
+        return dequantise(x0, self.levels, u), draws
+
+    def _loss(self, x0: Tensor, draws: Draws) -> Tensor:
+        t = draws.rows(len(x0), self.draw_times, 0) * (1 - TRAIN_EPS) + TRAIN_EPS
+        noise = draws.noise(x0.shape)
+        return score_matching_loss(self.sde, self.score, x0, t, noise, self.likelihood_weighting, self.reduce_mean)
+
+    def draw_times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Training times ``[count]`` in [0, 1], put on [1e-5, 1] later. What ``TimestepSamplerCallback`` replaces."""
+        return torch.rand(count, generator=generator, device=generator.device if generator else self.device)
+
+    @classmethod
+    def contract_example(cls) -> ContractExample:
+        from effdl.diffusion._score_sde_example import mixin_example
+
+        return mixin_example()
+
+
+class ScoreSDEModule(ScoreSDEMixin, LightningModule):
     """Denoising score matching in continuous time, for a choice of forward equation (Score SDE).
 
     ``dx = f dt + g dw`` takes data (t = 0) to noise (t = 1); the network learns s = grad log p_t from
@@ -107,17 +241,7 @@ class ScoreSDEModule(ScoreServices, LightningModule):
         print(module.likelihood(images).bits.median())
     """
 
-    paper: ClassVar[Paper] = Paper(
-        slug="score-sde",
-        title="Score-Based Generative Modeling through Stochastic Differential Equations",
-        authors=(
-            "Song, Yang", "Sohl-Dickstein, Jascha", "Kingma, Diederik P.", "Kumar, Abhishek", "Ermon, Stefano",
-            "Poole, Ben",
-        ),
-        year=2021,
-        arxiv="2011.13456",
-        venue="ICLR",
-    )  # fmt: skip
+    paper: ClassVar[Paper] = PAPER
 
     def __init__(
         self,
@@ -134,73 +258,26 @@ class ScoreSDEModule(ScoreServices, LightningModule):
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__()
-        check_choice("likelihood_weighting", likelihood_weighting, (True, False))
-        check_choice("reduce_mean", reduce_mean, (None, True, False))
-        for name, value in (("likelihood_batches", likelihood_batches), ("warmup", warmup), ("seed", seed)):
-            check_integer(name, value, 0)
-        if levels is not None:
-            check_integer("levels", levels, 2)
-        check(likelihood_batches == 0 or levels is not None, "likelihood_batches", likelihood_batches,
-              "0 without levels", "The bits of a density need to know how fine the data are.")  # fmt: skip
+        check_integer("warmup", warmup, 0)
         check(warmup == 0 or scheduler is None, "warmup", warmup, "0 beside a scheduler")
-        self.model, record = open_network(model)
-        self.model.train()
-        self.sde = sde_of(record.get("sde", "vp") if sde is None else sde)
-        self.prediction = ScoreAdapter(self.model, self.sde, prediction or record.get("prediction")).prediction
-        self.levels = record.get("levels") if levels is None else levels
-        self.sampler = sampler_of(sampler, self.sde)
-        self.likelihood_weighting, self.likelihood_batches = likelihood_weighting, likelihood_batches
-        self.reduce_mean = self.sde.reduce_mean if reduce_mean is None else reduce_mean
-        self.seed, self.warmup = seed, warmup
+        opened, record = open_network(model)
+        super().__init__(
+            sde=record.get("sde", "vp") if sde is None else sde,
+            prediction=record.get("prediction") if prediction is None else prediction,
+            sampler=sampler,
+            likelihood_weighting=likelihood_weighting,
+            reduce_mean=reduce_mean,
+            levels=record.get("levels") if levels is None else levels,
+            likelihood_batches=likelihood_batches,
+            seed=seed,
+        )
+        self.model = opened.train()
+        self.prediction, self.warmup = self.score.prediction, warmup
         self.optimizer, self.scheduler = optimizer, scheduler
-        self._shape: tuple[int, ...] | None = None
-        self._told: dict[str, float] = {}
-        self._rows: list[Tensor] = []
-
-    @property
-    def score(self) -> ScoreAdapter:
-        """The network as s(x, t)."""
-        return ScoreAdapter(self.model, self.sde, self.prediction)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x), ``[B, ...]``, at times ``[B]`` in (0, 1]."""
         return self.score(x, t)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x0, draws = self._data(batch, self.current_epoch, batch_idx)
-        loss = self._loss(x0, draws)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x0))
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        x0, draws = self._data(batch, -1, batch_idx)
-        self.log("val/loss", self._loss(x0, draws), prog_bar=True, sync_dist=True, batch_size=len(x0))
-        if batch_idx < self.likelihood_batches and not self.trainer.sanity_checking:  # an untrained ODE takes minutes
-            found = likelihood(self.sde, self.score, x0, offset=self.offset, generator=draws.stream(3))
-            bits = found.bits.median()
-            self._told = {"bits_per_dim": bits.item(), "likelihood_calls": found.calls}
-            self.log("score-sde/bits_per_dim", bits, prog_bar=True, sync_dist=True, batch_size=len(x0))
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """As many samples as the batch has examples."""
-        x0, draws = self._data(batch, -1, batch_idx)
-        start = self.sde.prior_std * draws.noise(x0.shape)
-        return self.sampler(self.sde, self.score, start, draws.stream(3 + self.global_rank))
-
-    def _data(self, batch: Any, epoch: int, batch_idx: int) -> tuple[Tensor, Draws]:
-        x0, draws = unpack(batch).inputs, Draws(self.seed, epoch, batch_idx, self.device)
-        self._shape = tuple(x0.shape[1:])
-        if self.levels is None:
-            return x0, draws
-        count, *rest = x0.shape
-        u = draws.rows(count, lambda n, stream: torch.rand(n, *rest, generator=stream, device=stream.device), 2)
-        return dequantise(x0, self.levels, u), draws
-
-    def _loss(self, x0: Tensor, draws: Draws) -> Tensor:
-        t = draws.uniform(len(x0)) * (1 - TRAIN_EPS) + TRAIN_EPS
-        noise = draws.noise(x0.shape)
-        return score_matching_loss(self.sde, self.score, x0, t, noise, self.likelihood_weighting, self.reduce_mean)
 
     def configure_optimizers(self) -> Any:
         made = optimizer_and_scheduler(self, self.optimizer, self.scheduler)
@@ -208,39 +285,6 @@ class ScoreSDEModule(ScoreServices, LightningModule):
             return made
         rise = torch.optim.lr_scheduler.LambdaLR(made, lambda step: min(1.0, (step + 1) / self.warmup))
         return {"optimizer": made, "lr_scheduler": {"scheduler": rise, "interval": "step"}}
-
-    def report(self) -> dict[str, Any]:
-        """Bits per dimension of the last validation, and the calls that each way of sampling takes."""
-        counted = CountedScore(self.score)
-        self._rows = []
-        for name, make in SAMPLERS.items():
-            with evaluating(self.model):
-                start = self.sde.prior((SHOWN, *self.example_shape()), generator(0)).to(self.device)
-                counted.calls = 0
-                self._rows.append(make()(self.sde, counted, start, generator(1)))
-            self._told[f"{name}_calls"] = counted.calls
-        return dict(self._told)
-
-    def figures(self, folder: Path) -> None:
-        """``samples.png``: predictor-corrector and ODE, from the same noises."""
-        if self._rows:
-            save_rows(self._rows, folder / "samples.png")
-
-    def record(self) -> dict[str, Any]:
-        """What ``sde.json`` and checkpoints say beside the weights."""
-        return {"sde": self.sde.config(), "prediction": self.prediction, "levels": self.levels}
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """The network as stock diffusers opens it, and ``sde.json``; ``ScoreSDEModule(folder)`` opens both."""
-        save_network(folder, self.model, self.sde, self.prediction, self.record())
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint.setdefault("effdl", {})["score-sde"] = self.record()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("effdl", {}).get("score-sde", {}).get("sde", self.sde.config())
-        same = saved | {"steps": self.sde.steps} == self.sde.config()
-        check(same, "sde", self.sde.config(), f"{saved}, the equation of the checkpoint")
 
     @classmethod
     def contract_example(cls) -> ContractExample:

@@ -124,11 +124,16 @@ class DiffusionModule(LightningModule):
         """What is denoised: the images of a batch, encoded where there is a VAE."""
         return self.surroundings.encode_images(unpack(batch).inputs, generator)
 
-    def _times(self, count: int, generator: torch.Generator | None) -> Tensor:
+    def draw_times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Training times ``[count]`` in [0, 1], noise at 1: uniform. What ``TimestepSamplerCallback`` replaces."""
+        steps = self.noise_scheduler.config.num_train_timesteps
         device = self.device if generator is None else generator.device
-        return torch.randint(
-            self.noise_scheduler.config.num_train_timesteps, (count,), device=device, generator=generator
-        )
+        return (torch.randint(steps, (count,), device=device, generator=generator) + 0.5) / steps
+
+    def _times(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """Labels of drawn times: i is drawn as often as the density has mass in [i / T, (i + 1) / T)."""
+        steps = self.noise_scheduler.config.num_train_timesteps
+        return (steps * self.draw_times(count, generator)).long().clamp(max=steps - 1)
 
     def _noised(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         # moved once and kept, as diffusers' own schedulers do

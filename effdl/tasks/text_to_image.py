@@ -140,12 +140,21 @@ class TextToImageModule(DiffusionModule):
 
     # What a step computes
 
+    @property
+    def timestep_shift(self) -> float:
+        """Alpha by which :meth:`draw_times` shifts: a flow's scheduler says it."""
+        return self.noise_scheduler.config.shift if self.prediction == "velocity" else 1.0
+
+    def draw_times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        if self.prediction != "velocity":
+            return super().draw_times(count, generator)
+        device = self.device if generator is None else generator.device
+        return logit_normal(count, self.timestep_shift, device, generator)
+
     def _times(self, count: int, generator: torch.Generator | None) -> Tensor:
         if self.prediction != "velocity":
             return super()._times(count, generator)
-        config = self.noise_scheduler.config
-        device = self.device if generator is None else generator.device
-        return config.num_train_timesteps * logit_normal(count, config.shift, device, generator)
+        return self.noise_scheduler.config.num_train_timesteps * self.draw_times(count, generator)
 
     def _noised(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         if self.prediction != "velocity":
