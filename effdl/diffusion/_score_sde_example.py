@@ -67,12 +67,12 @@ class Denoising(LightningModule):
 
 def mixin_example() -> ContractExample:
     """Somebody's small denoiser under the vp equation, sampled in a few steps."""
-    from effdl.diffusion.score_sde import ScoreSDEMixin
+    from effdl.diffusion.score_sde import VP, ScoreSDEMixin
 
     class Mine(ScoreSDEMixin, Denoising):
         pass
 
-    kwargs: dict[str, Any] = {"sde": {"name": "vp", "steps": 25}, "network": "net"}
+    kwargs: dict[str, Any] = {"sde": VP(steps=25), "network": "net"}
     return ContractExample(
         kwargs=kwargs,
         bad={
