@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effdl.core.errors import check, check_choice, check_integer
 from effdl.diffusion._flow import Condition, wide
+from effdl.diffusion._flux import FLUX, call_flux
 
 Denoiser = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -82,6 +83,7 @@ ARGUMENT = {
     "UNet2DModel": "class_labels",
     "UNet2DConditionModel": "encoder_hidden_states",
     "SD3Transformer2DModel": "encoder_hidden_states",
+    FLUX: "encoder_hidden_states",
 }
 
 
@@ -89,7 +91,8 @@ def call_network(network: nn.Module | Callable, x: Tensor, label: Tensor, condit
     """One forward pass of a diffusers network, or of any ``network(x, label, condition)``.
 
     Args:
-        network: ``UNet2DModel``, ``UNet2DConditionModel``, ``SD3Transformer2DModel``, or any callable.
+        network: ``UNet2DModel``, ``UNet2DConditionModel``, ``SD3Transformer2DModel``, ``FluxTransformer2DModel`` (see
+            :func:`call_flux`), or any callable.
         x: state ``[B, ...]``; cast, as embeddings are, to the network's own floating dtype.
         label: time labels ``[B]``, floats.
         condition: a tensor (class labels or text embeddings), a dict of keyword arguments for the network's
@@ -103,6 +106,8 @@ def call_network(network: nn.Module | Callable, x: Tensor, label: Tensor, condit
         x, condition = x.to(dtype), _as_dtype(condition, dtype)
     if not kind(network):
         return network(x, label, condition)
+    if kind(network) == FLUX:
+        return call_flux(network, x, label, condition)
     if isinstance(condition, Tensor):
         condition = {ARGUMENT[kind(network)]: condition}
     output = network(x, timestep=label, return_dict=False, **(condition or {}))

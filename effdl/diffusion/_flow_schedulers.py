@@ -12,7 +12,7 @@ from effdl.diffusion._flow import Velocity, wide
 from effdl.diffusion._timestep_densities import check_shift, shift_time
 
 
-def sigma_grid(steps: int, shift: float = 1.0) -> Tensor:
+def sigma_grid(steps: int, shift: float = 1.0, flux: bool = False) -> Tensor:
     """Times ``[steps + 1]`` from 1 to 0, as ``FlowMatchEulerDiscreteScheduler(shift)`` has them, in fp32.
 
     Evenly spaced between the *shifted* ends S(1) and S(1/1000), then shifted once more, then 0: the smallest but one is
@@ -21,6 +21,7 @@ def sigma_grid(steps: int, shift: float = 1.0) -> Tensor:
     Args:
         steps: N >= 1.
         shift: alpha > 0 of :func:`shift_time`.
+        flux: as ``FluxPipeline`` has them: 1, (N - 1) / N, ..., 1 / N, shifted once, then 0.
 
     Raises:
         ConfigurationError: N < 1, alpha <= 0.
@@ -28,6 +29,7 @@ def sigma_grid(steps: int, shift: float = 1.0) -> Tensor:
     check_integer("steps", steps, 1)
     check_shift(shift)
     first, last = shift_time(torch.tensor([1.0, 1e-3], dtype=torch.float64), shift).tolist()
+    first, last = (1.0, 1 / steps) if flux else (first, last)
     grid = shift_time(torch.linspace(first, last, steps, dtype=torch.float64), shift)
     return torch.cat([grid, grid.new_zeros(1)]).float()
 
@@ -76,9 +78,9 @@ def unet_flow_scheduler(shift: float = 1.0) -> Any:
 def scheduler_of(pipeline: Any, scheduler: Any, shift: float) -> Any:
     """The scheduler with which the stock pipeline (``None``: a network alone) samples a flow trained with this shift.
 
-    One that is diffusers' Euler on flows already keeps its other settings.
+    One that is diffusers' Euler on flows already keeps its other settings, but for a shift by the number of tokens.
     """
     if type(scheduler).__name__.startswith("FlowMatchEuler"):
-        return type(scheduler).from_config(scheduler.config, shift=shift)
+        return type(scheduler).from_config(scheduler.config, shift=shift, use_dynamic_shifting=False)
     text_unet = hasattr(pipeline, "encode_prompt") and getattr(pipeline, "unet", None) is not None
     return (unet_flow_scheduler if text_unet else flow_match_scheduler)(shift)

@@ -1,14 +1,18 @@
-"""Conditions left out in training, each text encoder by itself, and the empty condition for guidance."""
+"""A batch's condition; left out in training, each text encoder by itself; and the empty one for guidance."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effdl.core.errors import check, check_integer
+from effdl.diffusion._denoiser import kind
 from effdl.diffusion._flow import Condition
+from effdl.diffusion._flux import FLUX, GUIDANCE
 from effdl.diffusion._source import FlowSource
 
 TEXT, POOLED = "encoder_hidden_states", "pooled_projections"
@@ -33,8 +37,32 @@ class TextLayout:
     pooled: int = 768
 
 
+def read_condition(source: FlowSource, batch: Mapping[str, Any], labels: Any, device: torch.device) -> Condition:
+    """Of a batch's ``prompt``, embeddings or labels; for Flux with its ``guidance`` [B], where it has one."""
+    if "prompt" in batch:
+        condition = source.encode(batch["prompt"], device)
+    elif TEXT in batch:
+        condition = {name: batch[name] for name in (TEXT, POOLED) if name in batch}
+    else:
+        return source.accepted(labels)
+    told = GUIDANCE in batch and kind(source.network) == FLUX
+    return condition | {GUIDANCE: batch[GUIDANCE]} if told else condition
+
+
+def check_null(null: int | None, network: Any) -> None:
+    """A null label must be a row of the network's table of classes."""
+    if null is None:
+        return
+    check_integer("null_label", null, 0)
+    if kind(network):
+        rows = getattr(getattr(network, "config", None), "num_class_embeds", None) or 0
+        check(null < rows, "null_label", null, f"below the network's num_class_embeds={rows}", "Or None.")
+
+
 def text_layout(source: FlowSource) -> TextLayout | None:
     """Of an SD3 pipeline, or of the published transformer's widths; ``None`` where the condition is one piece."""
+    if kind(source.network) == FLUX:  # its two encoders say the same
+        return None
     parts = source.pipeline.components if source.pipeline is not None else {}
     first, second = parts.get("text_encoder"), parts.get("text_encoder_2")
     if source.role == "transformer" and first is not None and second is not None:
@@ -85,7 +113,7 @@ def empty(condition: Condition, null: int | None) -> Condition:
 def _empty(condition: Condition, keep: Tensor, null: int | None) -> Condition:
     """Rows that are not kept become zero, or the label ``null``."""
     if isinstance(condition, dict):
-        return {name: _empty(value, keep, None) for name, value in condition.items()}
+        return {n: value if n == GUIDANCE else _empty(value, keep, None) for n, value in condition.items()}
     if condition.is_floating_point():
         return condition.masked_fill(~keep.view(-1, *[1] * (condition.dim() - 1)), 0)
     return condition if null is None else torch.where(keep, condition, null)

@@ -44,7 +44,7 @@ def add_qk_norm(model: nn.Module, targets: Targets = None, exclude: Targets = No
         transformer = SD3Transformer2DModel(...)
         add_qk_norm(transformer).delta              # 4 gains of head_dim per block
     """
-    layers = select_modules(model, targets, exclude, default=("Attention",))
+    layers = select_modules(model, targets, exclude, default=("Attention", "FluxAttention"))
     layers = {name: layer for name, layer in layers.items() if _is_attention(layer)}
     if not layers:
         raise NothingMatched("targets: no attention layer of diffusers' or timm's kind is among the chosen ones.")

@@ -18,12 +18,14 @@ from effdl.core.teacher import Frozen
 from effdl.diffusion._denoiser import TimeConvention, call_network, convention_of, kind
 from effdl.diffusion._flow import Condition, Velocity, euler, guided_velocity, wide
 from effdl.diffusion._flow_schedulers import unet_flow_scheduler
+from effdl.diffusion._flux import FLUX, encode_flux
 
 RECORD = "reflow.json"  # beside model_index.json or config.json: which flow the weights are
 DEFAULT_CONVENTION = {
     "UNet2DModel": "instaflow",
     "UNet2DConditionModel": "instaflow",
     "SD3Transformer2DModel": "diffusers",
+    FLUX: "diffusers",
 }
 
 
@@ -100,6 +102,9 @@ class FlowSource:
         """Of one state x (a latent, or an image where there is no VAE); ``None`` where the network does not say."""
         config = getattr(self.network, "config", None)
         size = getattr(config, "sample_size", None)
+        if kind(self.network) == FLUX:  # packed: four latents per token, of any number
+            size = getattr(self.pipeline, "default_sample_size", None)
+            return None if size is None else (config.in_channels // 4, size, size)
         if size is None:
             return None
         return (config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -117,10 +122,13 @@ class FlowSource:
             part.on(device)
 
     def encode(self, prompts: Sequence[str], device: torch.device | str) -> Condition:
-        """Text embeddings of prompts ``[B]`` as the network takes them: a tensor, or a dict for SD3."""
+        """Text embeddings of prompts ``[B]`` as the network takes them: a tensor, or a dict for SD3 and Flux."""
         check(hasattr(self.pipeline, "encode_prompt"), "prompt", prompts[0], "a pipeline with a text encoder")
+        if kind(self.network) == FLUX:
+            self.to(device)
+            return encode_flux(self.pipeline, prompts, device)
         found = self._surroundings.encode_prompts(list(prompts), device)
-        known, fix = "a Stable Diffusion 1.x, 2.x or 3 pipeline", "Give embeddings as 'condition' in the batch."
+        known, fix = "a Stable Diffusion 1.x, 2.x, 3 or Flux pipeline", "Give embeddings as 'condition' in the batch."
         check("text_embeds" not in found, "model", type(self.pipeline).__name__, known, fix)
         return found if len(found) > 1 else found["encoder_hidden_states"]
 

@@ -27,7 +27,14 @@ from effdl.diffusion._draws import Draws
 from effdl.diffusion._figures import draw_samples, first_rows, on_device
 from effdl.diffusion._flow import Condition, Velocity, guided_velocity, rectified_flow_loss, wide
 from effdl.diffusion._flow_schedulers import integrate, scheduler_of, sigma_grid
-from effdl.diffusion._rectified_flow_transformer_conditions import POOLED, TEXT, drop, empty, text_layout
+from effdl.diffusion._flux import FLUX
+from effdl.diffusion._rectified_flow_transformer_conditions import (
+    check_null,
+    drop,
+    empty,
+    read_condition,
+    text_layout,
+)
 from effdl.diffusion._rectified_flow_transformer_qk_norm import add_qk_norm
 from effdl.diffusion._source import FlowSource
 from effdl.diffusion._timestep_densities import (
@@ -77,10 +84,10 @@ class RectifiedFlowModule(LightningModule):
     functions of (seed, epoch, batch).
 
     Args:
-        model: where the weights start: an ``SD3Transformer2DModel``, ``UNet2DModel`` or ``UNet2DConditionModel``
-            (object, folder, configuration), a pipeline around one (object, folder, hub id), any
-            ``network(z, 1000 t, condition)``, or ``"tiny"``. The trained network is a copy. A diffusion U-Net may be
-            fine-tuned into a flow.
+        model: where the weights start: an ``SD3Transformer2DModel``, ``FluxTransformer2DModel``, ``UNet2DModel`` or
+            ``UNet2DConditionModel`` (object, folder, configuration), a pipeline around one (object, folder, hub id),
+            any ``network(z, 1000 t, condition)``, or ``"tiny"``. The trained network is a copy. A diffusion U-Net may
+            be fine-tuned into a flow.
         density: of t: ``"uniform"``, ``"logit_normal(0, 1)"`` (m, s), ``"mode(1.29)"`` (s), ``"cosmap"``, or a
             ``TimestepSampler``.
         convention: ``"diffusers"`` mirrors the density: m of its training scripts has the sign opposite to the paper's.
@@ -95,7 +102,8 @@ class RectifiedFlowModule(LightningModule):
         optimizer, scheduler: as LightningCLI injects them. The paper: AdamW 1e-4, batch 4096, 500k steps at 256^2.
 
     Batches: ``image`` [B, C, H, W] in [-1, 1] or ``latents``; and ``label`` [B], or ``prompt`` (list of strings), or
-    precomputed ``encoder_hidden_states`` [B, L, D] and ``pooled_projections`` [B, P].
+    precomputed ``encoder_hidden_states`` [B, L, D] and ``pooled_projections`` [B, P]. A guidance-distilled Flux is
+    told ``guidance`` [B], or 3.5: not :meth:`sample`'s guidance w, which is the pipeline's ``true_cfg_scale``.
 
     Logged: ``train/loss``; ``val/loss``, the mean of ``rectified-flow-transformer/loss_t*`` at eight fixed times 1/16,
     3/16, ..., the measure of the paper's scaling laws. EMA (0.99 to 0.9999) is Lightning's ``EMAWeightAveraging``.
@@ -142,8 +150,11 @@ class RectifiedFlowModule(LightningModule):
         check(isinstance(network, nn.Module), "model", type(network).__name__, "a torch.nn.Module to train")
         recorded = self.source.record.get("convention", diffusers)
         check(recorded == diffusers, "model", model, f"a flow with the time convention {diffusers}, not {recorded}")
-        _check_null(null_label, network)
+        check_null(null_label, network)
         loaded = getattr(self.source.scheduler, "config", None) or {}
+        dynamic = shift is None and loaded.get("use_dynamic_shifting", False)
+        check(not dynamic, "shift", shift, "a number: this pipeline's follows the number of tokens",
+              "exp(mu): for Flux 1.65 at 256 tokens, 3.16 at 4096 (1024^2).")  # fmt: skip
         self.shift = loaded.get("shift", loaded.get("flow_shift", 1.0)) if shift is None else shift
         check_shift(self.shift)
         self.model = copy.deepcopy(network).train().requires_grad_(True)
@@ -211,12 +222,7 @@ class RectifiedFlowModule(LightningModule):
         else:
             images, labels, _ = unpack(batch)
             data = self.source.latents(images, draws.stream(2))
-        if "prompt" in named:
-            condition = self.source.encode(named["prompt"], self.device)
-        elif TEXT in named:
-            condition = {name: named[name] for name in (TEXT, POOLED) if name in named}
-        else:
-            condition = self.source.accepted(labels)
+        condition = read_condition(self.source, named, labels, self.device)
         return wide(data), draws.noise(data.shape), condition
 
     @torch.no_grad()
@@ -244,7 +250,8 @@ class RectifiedFlowModule(LightningModule):
             ConfigurationError: an illegal number, or guidance without a condition that can be left out.
         """
         noise = (self.source.noise(condition, seed) if noise is None else noise).to(self.device)
-        sigmas = sigma_grid(self.steps if steps is None else steps, self.shift if shift is None else shift)
+        steps, shift = self.steps if steps is None else steps, self.shift if shift is None else shift
+        sigmas = sigma_grid(steps, shift, flux=kind(self.model) == FLUX)
         if isinstance(condition, (list, tuple)) and condition and isinstance(condition[0], str):
             condition = self.source.encode(condition, self.device)
         condition = on_device(condition, self.device)
@@ -288,13 +295,3 @@ class RectifiedFlowModule(LightningModule):
         from effdl.diffusion._rectified_flow_transformer_example import example
 
         return example()
-
-
-def _check_null(null: int | None, network: Any) -> None:
-    """A null label must be a row of the network's table of classes."""
-    if null is None:
-        return
-    check_integer("null_label", null, 0)
-    if kind(network):
-        rows = getattr(getattr(network, "config", None), "num_class_embeds", None) or 0
-        check(null < rows, "null_label", null, f"below the network's num_class_embeds={rows}", "Or None.")
