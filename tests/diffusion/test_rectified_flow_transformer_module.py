@@ -15,11 +15,9 @@ from diffusers import (
     UNet2DModel,
 )
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 
-from effdl.callbacks import QKNormCallback
 from effdl.core.errors import ConfigurationError
 from effdl.core.random import generator
 from effdl.diffusion._denoiser import CONVENTIONS
@@ -28,15 +26,8 @@ from effdl.diffusion._rectified_flow_transformer_conditions import TextLayout, d
 from effdl.diffusion._rectified_flow_transformer_example import embedded
 from effdl.diffusion._source import FlowSource
 from effdl.diffusion.instaflow import ReflowModule
-from effdl.diffusion.rectified_flow_transformer import VALIDATION_TIMES, Mode, RectifiedFlowModule, add_qk_norm
-from effdl.tasks.diffusion import DiffusionModule
-from effdl.tasks.tiny import (
-    tiny_ddpm,
-    tiny_sd3_transformer,
-    tiny_stable_diffusion,
-    tiny_stable_diffusion_3,
-    tiny_unet,
-)
+from effdl.diffusion.rectified_flow_transformer import VALIDATION_TIMES, Mode, RectifiedFlowModule
+from effdl.tasks.tiny import tiny_ddpm, tiny_sd3_transformer, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_unet
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
@@ -283,18 +274,6 @@ def test_diffusion_pipeline_becomes_a_flow(tmp_path):
     assert RectifiedFlowModule(str(tmp_path)).shift == 2.0
 
 
-def test_unet_with_qk_norm_is_rebuilt_by_the_function(tmp_path):
-    from safetensors.torch import load_file
-
-    from effdl.core.export import save_model
-
-    module = RectifiedFlowModule(tiny_unet(8, 1), qk_norm=True)
-    assert save_model(module, tmp_path) == "safetensors"  # no stock configuration says so
-    again = tiny_unet(8, 1)
-    add_qk_norm(again)
-    again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
-
-
 def test_another_convention_of_time_and_other_settings_are_refused(tmp_path):
     ReflowModule(tiny_unet(8, 1), stage="flow", convention="instaflow").save_pretrained(str(tmp_path))
     with pytest.raises(ConfigurationError, match="convention"):
@@ -306,28 +285,3 @@ def test_another_convention_of_time_and_other_settings_are_refused(tmp_path):
     resumed = Trainer(max_steps=2, **QUIET)
     with pytest.raises(ConfigurationError, match="density"):
         resumed.fit(other, DataLoader([points()], batch_size=None), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-
-
-# --- the callback ------------------------------------------------------------------------------------------------
-
-
-def test_callback_normalises_a_module_that_knows_nothing(tmp_path):
-    module = DiffusionModule(tiny_unet(8, 1))
-    callback, before = QKNormCallback(), sum(p.numel() for p in module.parameters())
-    loader = DataLoader([{"image": torch.randn(4, 1, 8, 8)}] * 2, batch_size=None)
-    trainer = Trainer(max_epochs=1, callbacks=[callback], precision="bf16-mixed", **QUIET)
-    trainer.fit(module, loader)
-    gains = [p for name, p in module.named_parameters() if ".norm_q." in name or ".norm_k." in name]
-    assert len(gains) == 2 * len(callback.matched(module)) > 0
-    assert callback.report()["parameter_delta"] == sum(p.numel() for p in module.parameters()) - before
-    assert all((p != 1).any() for p in gains)  # the optimizer has them
-    bound = trainer.callback_metrics["rectified-flow-transformer/logit_bound"]
-    assert bound == pytest.approx(8**0.5, rel=0.1)  # heads of 8, gains near 1
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    again = DiffusionModule(tiny_unet(8, 1))
-    add_qk_norm(again)
-    again.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"], strict=True)
-    with pytest.raises(ConfigurationError, match="fit"):
-        QKNormCallback().report()
-    with pytest.raises(ConfigurationError, match="before"):
-        Trainer(max_epochs=1, callbacks=[EMAWeightAveraging(), QKNormCallback()], **QUIET).fit(module, loader)

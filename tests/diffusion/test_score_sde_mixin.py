@@ -14,21 +14,13 @@ from effdl.core.errors import ConfigurationError
 from effdl.data.loading import ResumableLoader
 from effdl.diffusion.score_sde import VE, VP, ScoreAdapter, ScoreSDEMixin, ScoreSDEModule, SubVP
 from effdl.tasks.diffusion import DiffusionModule
+from tests.diffusion.score_sde_nets import plane
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
     "num_sanity_val_steps": 0, "enable_checkpointing": False,
 }  # fmt: skip
 RATE = 0.05
-
-
-class Plane(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 2))
-
-    def forward(self, x, label):
-        return self.net(torch.cat([x, label[:, None].to(x) / 1000], 1))
 
 
 class Theirs(LightningModule):
@@ -53,9 +45,8 @@ class Mine(ScoreSDEMixin, Theirs):
     pass
 
 
-def network() -> Plane:
-    torch.manual_seed(3)
-    return Plane()
+def network() -> nn.Module:
+    return plane(3)
 
 
 def points() -> ResumableLoader:

@@ -1,8 +1,6 @@
-"""score-sde: the module: networks and labels, training and resume, what it serves, folders that stock classes open."""
+"""score-sde: the module: networks and labels, training and resume, what it serves."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
@@ -21,48 +19,15 @@ from effdl.diffusion.score_sde import (
     ScoreAdapter,
     ScoreSDEModule,
     SubVP,
-    ancestral,
     dequantise,
     score_matching_loss,
 )
-from effdl.tasks.tiny import tiny_unet
+from tests.diffusion.score_sde_nets import Tame, plane, unet
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }  # fmt: skip
-
-
-class Plane(nn.Module):
-    """A network in the plane, told a label."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, 2))
-
-    def forward(self, x, label):
-        return self.net(torch.cat([x, label[:, None].to(x) / 1000], 1))
-
-
-def plane(seed: int = 0) -> Plane:
-    torch.manual_seed(seed)
-    return Plane()
-
-
-class Tame(nn.Module):
-    """Noise is what is there: a network whose ODE is quickly solved (an untrained U-Net's is chaotic)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(0.9))
-
-    def forward(self, x, label):
-        return self.weight * x
-
-
-def unet(**kwargs):
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
-    return tiny_unet(8, 1, norm_num_groups=4, **blocks, **kwargs)
 
 
 def points(batch_size: int = 4) -> ResumableLoader:
@@ -268,51 +233,3 @@ def test_samples_codes_and_conditions():
             module.sample(1, **kwargs)
     with pytest.raises(ConfigurationError, match="shape"):
         ScoreSDEModule(plane()).sample(2)
-
-
-# --- folders ------------------------------------------------------------------------------------------------------
-
-
-def test_a_vp_folder_is_a_ddpm_pipeline(tmp_path):
-    from diffusers import DDPMPipeline
-
-    module = ScoreSDEModule(unet(), VP(steps=1000), levels=17)
-    module.save_pretrained(tmp_path)
-    stock = DDPMPipeline.from_pretrained(tmp_path)
-    x, draw = torch.randn(2, 1, 8, 8), torch.Generator().manual_seed(0)
-    i = 700
-    with torch.no_grad():
-        theirs = stock.scheduler.step(stock.unet(x, i).sample, i, x, generator=torch.Generator().manual_seed(0))
-        noise = torch.randn(x.shape, generator=draw)
-        ours, _ = ancestral(module.sde, module.score, x, torch.full((2,), i / 999), noise)
-    torch.testing.assert_close(theirs.prev_sample, ours, atol=1e-3, rtol=0)
-    again = ScoreSDEModule(str(tmp_path))
-    assert again.record() == module.record() == json.loads((tmp_path / "sde.json").read_text())
-    assert torch.equal(again.sample(2, steps=25), module.sample(2, steps=25))
-
-
-@pytest.mark.parametrize("sde", [VE(0.02, 8.0, 25), SubVP(0.2, 15.0, 25)], ids=lambda sde: sde.name)
-def test_other_folders_open_with_stock_classes(tmp_path, sde):
-    from diffusers import ScoreSdeVeScheduler, UNet2DModel
-
-    module = ScoreSDEModule(unet(time_embedding_type="fourier" if sde.name == "ve" else "positional"), sde)
-    module.save_pretrained(tmp_path)
-    network = UNet2DModel.from_pretrained(tmp_path, subfolder="unet")
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 0.9])
-    assert torch.equal(ScoreAdapter(network.eval(), sde)(x, t), ScoreAdapter(module.model.eval(), sde)(x, t))
-    again = ScoreSDEModule(tmp_path)
-    assert again.sde.config() == sde.config()
-    assert torch.equal(again.sample(2), module.sample(2))
-    if sde.name == "ve":
-        assert ScoreSdeVeScheduler.from_pretrained(tmp_path / "scheduler").init_noise_sigma == 8.0
-
-
-def test_any_other_network_is_a_state_dict(tmp_path):
-    from safetensors.torch import load_file
-
-    module = ScoreSDEModule(plane(), SubVP(steps=25))
-    module.save_pretrained(tmp_path)
-    bare = plane(1)
-    bare.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    again = ScoreSDEModule(bare, sde=json.loads((tmp_path / "sde.json").read_text())["sde"])
-    assert torch.equal(again.sample(2, shape=(2,)), module.sample(2, shape=(2,)))
