@@ -56,8 +56,8 @@ class TimestepSamplerCallback(MethodCallback):
     Logs ``rectified-flow-transformer/time``, the mean of the epoch's times.
 
     Raises:
-        ConfigurationError: an argument out of range; a module without ``draw_times``, or whose step did not call it;
-            a second sampler; a run resumed with another density.
+        ConfigurationError: an argument out of range; a module without ``draw_times``, or whose first step did not call
+            it; a second sampler; a run resumed with another density.
 
     Example::
 
@@ -84,6 +84,7 @@ class TimestepSamplerCallback(MethodCallback):
         self._alpha = 1.0 if shift is None else float(shift)
         self._batch = (0, 0)
         self._drawn: int | None = None  # draws of the training step that runs; None outside of one
+        self._found = False  # whether this run ever drew: steps of another kind may come later
 
     def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -94,6 +95,7 @@ class TimestepSamplerCallback(MethodCallback):
         if not _draws_times(pl_module):
             raise ConfigurationError(f"TimestepSamplerCallback needs {PROTOCOL}; {type(pl_module).__name__} has none.")
         self._alpha = getattr(pl_module, "timestep_shift", 1.0) if self.shift is None else float(self.shift)
+        self._found = False
         self.keep(self.same_arguments_on_resume(trainer, pl_module))
 
         def draw(own: Callable[..., Tensor], count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -109,7 +111,7 @@ class TimestepSamplerCallback(MethodCallback):
         self._drawn = 0
         try:
             output = step(*args, **kwargs)
-            if self._drawn == 0 and output is not None:
+            if not self._found and output is not None:
                 raise ConfigurationError(
                     "TimestepSamplerCallback changes nothing here: training_step drew no time through draw_times. "
                     f"It needs {PROTOCOL}."
@@ -124,7 +126,7 @@ class TimestepSamplerCallback(MethodCallback):
             t = draws.rows(count, self.sampler.sample, self._drawn)
         else:
             t = self.sampler.sample(count, generator)
-        self._drawn += 1
+        self._drawn, self._found = self._drawn + 1, True
         t = shift_time(t, self._alpha)
         pl_module.log(f"{self.slug}/time", t.mean(), on_step=False, on_epoch=True, batch_size=count)
         return t
