@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from effdl.callbacks._calibrated import CalibratedCallback
+from effdl.callbacks._quantized_network import install, thaw
 from effdl.callbacks._quantized_report import Finished, plain_copy, quantization_report
-from effdl.callbacks._quantized_training import install, thaw
 from effdl.core.errors import ConfigurationError, check
 from effdl.core.export import product
 from effdl.core.input_quantizers import QuantizedInput

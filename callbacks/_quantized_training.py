@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from effdl.callbacks._base import MethodCallback
 from effdl.callbacks._masked import MaskedCallback
+from effdl.callbacks._quantized_network import install, thaw
 from effdl.callbacks._quantized_report import MASTERS, Finished, plain_copy, quantization_report
 from effdl.compression.quantized_distillation import BucketSize, distillation_loss, layout_of
 from effdl.core.checkpoint import State, fold_checkpoints
 from effdl.core.distill import FORMS, Reduction, Teacher, network_inputs, resolve_teacher, teacher_logits
 from effdl.core.errors import ConfigurationError, check, check_choice, check_number
 from effdl.core.export import product
-from effdl.core.input_quantizers import QuantizedInput
-from effdl.core.quantized import dequantize_, quantize_, quantized_weights
 from effdl.core.quantizers import QuantizedWeight, check_finite, pack
 from effdl.core.report import ForwardProbe
 from effdl.core.select import Targets, Weight, check_targets, select_weights
@@ -281,30 +280,3 @@ def points_key(name: str) -> str:
 def check_submodule(pl_module: nn.Module, name: str) -> None:
     known = name in dict(pl_module.named_modules())
     check(known, "network", name, f"the name of a submodule of {type(pl_module).__name__}")
-
-
-def install(
-    pl_module: nn.Module, records: dict[str, QuantizedWeight], inputs: dict[str, QuantizedInput] | None = None
-) -> None:
-    """Codes in the place of weights, by their names in the LightningModule; described as of its network.
-
-    ``inputs`` are ranges of its layers' inputs, where these are quantised too.
-    """
-    network = product(pl_module)
-    prefix = next(f"{name}." if name else "" for name, module in pl_module.named_modules() if module is network)
-
-    def part(named: dict[str, Any], inside: bool) -> dict[str, Any]:
-        return {n[len(prefix) * inside :]: r for n, r in named.items() if n.startswith(prefix) == inside}
-
-    for owner, inside in ((network, True), (pl_module, False)):
-        quantize_(owner, part(records, inside), part(inputs or {}, inside))
-
-
-def thaw(pl_module: nn.Module) -> bool:
-    """Codes of an earlier run become float weights that train; whether there were any."""
-    names = list(quantized_weights(pl_module))
-    dequantize_(product(pl_module))
-    dequantize_(pl_module)
-    for name in names:
-        pl_module.get_parameter(name).requires_grad_()
-    return bool(names)

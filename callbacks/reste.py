@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from effdl.callbacks._quantized_training import QuantizedTrainingCallback, install, thaw
+from effdl.callbacks._quantized_network import install, thaw
+from effdl.callbacks._quantized_training import QuantizedTrainingCallback
 from effdl.compression._reste_bits import relus_before, signs_record
 from effdl.compression.reste import (
     BINARY,
