@@ -121,10 +121,13 @@ def _fitting(name: str, layer: nn.Module, backend: str, kinds: tuple[type, ...])
     if type(layer)._effdl_base.forward is not stock.forward:
         raise UnsupportedBackendError(f"{name}: its class has a forward of its own, which {backend} would not run.")
     record = record_of(layer)
-    if not record.uniform:
+    fixed = input_of(layer)
+    if not record.uniform or (fixed is not None and fixed.exponent is not None):
         points = "a codebook" if record.codebook is not None else "a power exponent"
         raise UnsupportedBackendError(f"{name}: its levels are {points}; {backend} needs uniform ones. Use 'lut'.")
-    if backend != "torch-int8" and input_of(layer) is not None:
+    if fixed is not None and fixed.site == "output":
+        raise UnsupportedBackendError(f"{name}: {backend} takes integers in; this layer's output is rounded instead.")
+    if backend != "torch-int8" and fixed is not None:
         raise UnsupportedBackendError(f"{name}: {backend} has no fixed input range, which this layer has.")
     return record
 

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from effdl.core.adapters import merged
 from effdl.core.capture import evaluating, uncompiled
 from effdl.core.errors import ConfigurationError, require
-from effdl.core.quantized import DESCRIPTION, describe
+from effdl.core.qdq import as_qdq
+from effdl.core.quantized import DESCRIPTION, describe, quantized_inputs
 
 WEIGHTS = "model.safetensors"
 
@@ -192,8 +193,22 @@ def export_program(
     return program
 
 
-def export_onnx(model: nn.Module, args: tuple, path: Path, kwargs: Mapping[str, Any] | None = None) -> Path:
-    """ONNX through ``torch.export``; weights inside the file.
+def export_onnx(
+    model: nn.Module,
+    args: tuple,
+    path: Path,
+    kwargs: Mapping[str, Any] | None = None,
+    activations: Mapping[str, Any] | None = None,
+) -> Path:
+    """ONNX through ``torch.export``; weights inside the file, those of quantised layers as codes.
+
+    Layers that take their input in a fixed range become QuantizeLinear and DequantizeLinear (:mod:`effdl.core.qdq`).
+
+    Args:
+        model, args, path, kwargs: as for :func:`export_program`.
+        activations: of a quantised model, as ``core.deploy.observe(model, batches)`` measures them: convolutions then
+            round their output to 8 bits too, which onnxruntime's CPU needs to run them with integers. Without, the file
+            says what the model does, and its convolutions are float ones there.
 
     Raises:
         MissingExtraError: the extra ``onnx`` is not installed.
@@ -202,15 +217,19 @@ def export_onnx(model: nn.Module, args: tuple, path: Path, kwargs: Mapping[str, 
     for package in ("onnx", "onnxscript"):
         require(package, "onnx")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if activations or quantized_inputs(model):
+        model = as_qdq(model, activations)
     with evaluating(model), torch.no_grad():
         try:
-            # the optimizer would decode quantised weights into float constants
+            # the optimizer would decode codes into float constants, but for those before a DequantizeLinear
             program = torch.onnx.export(
                 _exported(model, args, kwargs or {}), dynamo=True, verbose=False, optimize=not describe(model)
             )
         except torch.onnx.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ConfigurationError(f"{type(model).__name__} cannot be written as ONNX: {reason}") from error
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces: this machine's paths, and more bytes than a small network's codes
     program.save(str(path), external_data=False)
     return path
 

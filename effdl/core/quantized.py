@@ -3,7 +3,8 @@
 A quantised layer stays what it was (an ``nn.Linear``, a convolution, an embedding, a recurrent layer): its class is
 swapped for a subclass that decodes ``weight`` from buffers when it is read, and the float parameter is gone. It moves,
 copies, exports and compiles as before; for speed see :mod:`effdl.core.deploy`. A linear layer or a convolution with
-codes may quantise its input too (:mod:`effdl.core.input_quantizers`).
+codes may quantise its input too (:mod:`effdl.core.input_quantizers`), an attention module the operands of its products
+(:mod:`effdl.core.attention_matmuls`).
 
 Example::
 
@@ -22,6 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from effdl.core.attention_matmuls import (
+    QuantizedMatmuls,
+    check_attention,
+    install_matmuls,
+    matmuls_of,
+    remove_matmuls,
+)
 from effdl.core.errors import ConfigurationError
 from effdl.core.input_quantizers import QuantizedInput, check_input, input_of, install_input, remove_input
 from effdl.core.quantizers import QuantizedWeight, decode, pack, unpack
@@ -48,13 +56,14 @@ def quantize_(
     Args:
         model: any module.
         records: by the name of the parameter in ``model.named_parameters()``, e.g. ``"layer1.0.conv1.weight"``.
-        inputs: fixed ranges of inputs, by the name of a layer that holds codes then, e.g. ``"layer1.0.conv1"``.
+        inputs: fixed ranges of inputs, by the name of a layer that holds codes then, e.g. ``"layer1.0.conv1"``, and
+            :class:`~effdl.core.attention_matmuls.QuantizedMatmuls` by the name of an attention module.
 
     Raises:
         ConfigurationError: no such parameter or layer, or codes of another shape; before anything is changed.
     """
     places = {name: _places(model, name, record) for name, record in records.items()}
-    holders = {owner for (owner, _), *_ in places.values()}
+    holders = {owner for every in places.values() for owner, _ in every}
     layers = {name: _holder(model, name, record, holders) for name, record in (inputs or {}).items()}
     for name, record in records.items():
         (owner, attribute), *others = places[name]
@@ -63,12 +72,13 @@ def quantize_(
             spec = Spec(record.bits, record.layout, tuple(record.shape), tied_to=name)
             _install(module, other, spec, buffers)
     for name, layer in layers.items():
-        install_input(layer, inputs[name])
+        install = install_matmuls if isinstance(inputs[name], QuantizedMatmuls) else install_input
+        install(layer, inputs[name])
 
 
 def quantized_inputs(model: nn.Module) -> dict[str, QuantizedInput]:
-    """The records of a model's quantised inputs, by the name of the layer."""
-    found = {name: input_of(module) for name, module in model.named_modules()}
+    """The records of a model's quantised inputs, by the name of the layer (or of the attention module)."""
+    found = {name: input_of(module) or matmuls_of(module) for name, module in model.named_modules()}
     return {name: record for name, record in found.items() if record is not None}
 
 
@@ -100,6 +110,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
             weight = _record(module, attribute, spec).dequantize(dtype)
             shared[name] = nn.Parameter(weight, requires_grad=False)
         _uninstall(module, attribute, shared[spec.tied_to or name])
+    for module in model.modules():
+        remove_matmuls(module)
     return model
 
 
@@ -109,7 +121,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     for name, module, attribute, spec in _walk(model):
         tables = [t for t in _TABLES if getattr(module, f"{attribute}_{t}", None) is not None]
         weights[name] = {**spec._asdict(), "tables": tables}
-    inputs = {n: {"bits": r.bits, "channels": list(r.channels)} for n, r in quantized_inputs(model).items()}
+    inputs = {n: _told(record) for n, record in quantized_inputs(model).items()}
     told = {"format": 1, "weights": weights} if weights else {}
     return {**told, "inputs": inputs} if inputs else told
 
@@ -151,12 +163,24 @@ def _stored(name: str, entry: dict[str, Any], state: dict[str, Tensor]) -> Quant
     return QuantizedWeight(codes, entry["bits"], layout=entry["layout"], **tables)
 
 
+def _told(record: QuantizedInput) -> dict[str, Any]:
+    matmuls, output = isinstance(record, QuantizedMatmuls), record.site == "output"
+    told = {"bits": record.bits, "channels": list(record.channels)}
+    told |= {} if record.exponent is None else {"power": True}
+    return {**told, **({"site": "matmuls"} if matmuls else {"site": "output"} if output else {})}
+
+
 def _stored_input(name: str, entry: dict[str, Any], state: dict[str, Tensor]) -> QuantizedInput:
+    site = entry.get("site", "input")
+    kind = "matmul" if site == "matmuls" else "input"
+    keys = [f"{kind}_scale", f"{kind}_zero_point", *["input_exponent"] * bool(entry.get("power"))]
     try:
-        tables = [state[f"{name}.{key}" if name else key] for key in ("input_scale", "input_zero_point")]
+        scale, zero, *power = (state[f"{name}.{key}" if name else key] for key in keys)
     except KeyError as error:
         raise ConfigurationError(f"the file lacks {error.args[0]!r}, which {DESCRIPTION} promises") from error
-    return QuantizedInput(*tables, entry["bits"], tuple(entry["channels"]))
+    if site == "matmuls":
+        return QuantizedMatmuls(scale, zero, entry["bits"])
+    return QuantizedInput(scale, zero, entry["bits"], tuple(entry["channels"]), site, *power)
 
 
 # ---- one attribute -----------------------------------------------------------------------------------------------
@@ -182,6 +206,9 @@ def _holder(model: nn.Module, name: str, record: QuantizedInput, holders: set[nn
         layer = model.get_submodule(name)
     except AttributeError:
         raise ConfigurationError(f"{name!r} is no layer of {type(model).__name__}.") from None
+    if isinstance(record, QuantizedMatmuls):
+        check_attention(name, layer)
+        return layer
     check_input(name, layer, record)
     if layer not in holders and "_effdl_quantized" not in layer.__dict__:
         raise ConfigurationError(f"{name}: its input cannot be quantised, its weight is float. Give it codes as well.")
