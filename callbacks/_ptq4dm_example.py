@@ -106,6 +106,8 @@ def contract_example() -> ContractExample:
             "guidance": -1.0,
             "p": 0.5,
             "split_shortcut": 1,
+            "quantize_matmul": "yes",
+            "site": "middle",
             "adaround": "yes",
             "iterations": 0,
             "seed": -1,

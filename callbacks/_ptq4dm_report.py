@@ -52,7 +52,9 @@ def compared(
     told["sample_error"] = _relative(images[1], images[0])
     told["time_steps"] = samples.histogram()
     for name, record in inputs.items():
-        row = next((row for key, row in told["layers"].items() if f"{name}.weight".endswith(key)), {})
+        row = next((row for key, row in told["layers"].items() if f"{name}.weight".endswith(key)), None)
+        if row is None:  # an attention module: its four operands
+            row = told.setdefault("matmuls", {}).setdefault(name, {})
         row |= {"input_bits": record.bits, "low": record.low.tolist(), "high": record.high.tolist()}
         row |= {end: value[0] for end, value in row.items() if isinstance(value, list) and len(value) == 1}
     return told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -13,6 +13,7 @@ from effdl.callbacks._calibrated_quantizer import CalibratedQuantizer
 from effdl.callbacks._ptq4dm_example import contract_example
 from effdl.callbacks._ptq4dm_report import compared, draw_figures, sampled
 from effdl.callbacks._quantized_training import install
+from effdl.core.attention_matmuls import attentions
 from effdl.core.batch import unpack
 from effdl.core.distributed import broadcast
 from effdl.core.errors import ConfigurationError, check
@@ -56,6 +57,9 @@ class DiffusionPTQCallback(CalibratedQuantizer):
         guidance: classifier-free, as at inference (text-conditional networks); 1 is off.
         p: ranges minimise mean |x - x_q|^p.
         split_shortcut: two ranges for convolutions that read a skip concatenation.
+        quantize_matmul: the operands of attention's two products too (diffusers' attention modules).
+        site: ``"input"``, or ``"output"``: layers' outputs, as the released script has it; for comparison, since no
+            integer kernel runs it.
         adaround: learn to round weights up or down, for few bits; minutes per million weights on a CPU.
         iterations: of that, for each block.
         seed: of time steps and noise.
@@ -98,6 +102,8 @@ class DiffusionPTQCallback(CalibratedQuantizer):
         guidance: float = 1.0,
         p: float = 2.4,
         split_shortcut: bool = False,
+        quantize_matmul: bool = False,
+        site: Literal["input", "output"] = "input",
         adaround: bool = False,
         iterations: int = 1000,
         seed: int = 0,
@@ -116,6 +122,8 @@ class DiffusionPTQCallback(CalibratedQuantizer):
             guidance=guidance,
             p=p,
             split_shortcut=split_shortcut,
+            quantize_matmul=quantize_matmul,
+            site=site,
             adaround=adaround,
             iterations=iterations,
             seed=seed,
@@ -130,6 +138,7 @@ class DiffusionPTQCallback(CalibratedQuantizer):
         self.bits, self.steps, self.scheduler = bits, steps, scheduler
         self.num_samples, self.batch_size = num_samples, batch_size
         self.mu, self.sigma, self.guidance, self.p, self.split_shortcut = mu, sigma, guidance, p, split_shortcut
+        self.quantize_matmul, self.site = quantize_matmul, site
         self.adaround, self.iterations, self.seed = adaround, iterations, seed
         self.targets, self.exclude = targets, exclude
         self._begin()
@@ -146,6 +155,8 @@ class DiffusionPTQCallback(CalibratedQuantizer):
         if stage in ("fit", "validate"):
             points(self.sampler(pl_module), self.steps)
             network = product(pl_module)
+            valid = f"False: {type(network).__name__} has no attention module of diffusers"
+            check(not self.quantize_matmul or bool(attentions(network)), "quantize_matmul", True, valid)
             if not takes_time(network):
                 raise ConfigurationError(
                     f"DiffusionPTQCallback quantises denoisers network(x, t); {type(network).__name__} takes no time."

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
+from effdl.core.attention_matmuls import OPERANDS, QuantizedMatmuls, attentions, watch_matmuls
 from effdl.core.errors import ConfigurationError
 from effdl.core.input_quantizers import QuantizedInput, channel_dim
 from effdl.core.input_ranges import BINS, best_candidate, candidate_errors, side_of
@@ -29,6 +33,18 @@ def rounded_weights(layers: dict[str, nn.Module], records: dict[str, QuantizedWe
     finally:
         for name, layer in layers.items():
             layer.weight.data = floats[name]
+
+
+def at_site(layer: nn.Module, site: str, act: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """``act(x)`` on each call, of what the layer is given or answers; a tensor that it returns takes the place of x."""
+
+    def before(module: nn.Module, args: tuple) -> tuple | None:
+        made = act(args[0])
+        return None if made is None else (made, *args[1:])
+
+    if site == "input":
+        return layer.register_forward_pre_hook(before)
+    return layer.register_forward_hook(lambda module, args, output: act(output))
 
 
 class RangeSearch:
@@ -88,14 +104,15 @@ class RangeSearch:
 
 
 class Measurement:
-    """The input ranges of a network's layers over a calibration set.
+    """The ranges of the inputs (or outputs) of a network's layers over a calibration set, and of its attention's
+    operands where they are asked for.
 
     Args:
         network: as it will run, with rounded weights.
         layers: whose inputs, by name.
         samples: what it is called with.
         bits: of each layer's input.
-        settings: search, batch size, order.
+        settings: search, batch size, order, site.
     """
 
     def __init__(
@@ -107,70 +124,100 @@ class Measurement:
         settings: Settings,
     ) -> None:
         self.network, self.layers, self.samples, self.bits, self.settings = network, layers, samples, bits, settings
+        self.attentions = attentions(network) if settings.quantize_matmul else {}
         self._times = samples.times
 
     def run(self) -> dict[str, QuantizedInput]:
-        """A record for each layer.
+        """A record for each layer, and for each attention module.
 
         Raises:
             ConfigurationError: a layer that is never called; an input that is not finite.
         """
+        if self.settings.quantize_matmul and not self.attentions:
+            kind = type(self.network).__name__
+            raise ConfigurationError(f"quantize_matmul=True: {kind} has no attention module of diffusers. Use False.")
         self._cuts = skip_channels(self.network, self.layers, self.samples) if self.settings.split_shortcut else {}
         if not self.settings.sequential:
-            return self._measure(self.layers, {})
+            return self._measure({**self.layers, **self.attentions}, {})
         done: dict[str, QuantizedInput] = {}
         for name in self._order():
             done |= self._measure({name: self.layers[name]}, done)
-        return {name: done[name] for name in self.layers}
+        done = {name: done[name] for name in self.layers}
+        return {**done, **self._measure(self.attentions, done)}
 
     def _measure(
-        self, layers: dict[str, nn.Module], upstream: dict[str, QuantizedInput]
+        self, modules: dict[str, nn.Module], upstream: dict[str, QuantizedInput]
     ) -> dict[str, QuantizedInput]:
-        find = (self.settings.p, self.settings.candidates)
-        searches = {n: [RangeSearch(self.bits[n], *find) for _ in self._cuts.get(n, (0,))] for n in layers}
+        searches = {name: self._searches(name) for name in modules}
 
-        def note(name: str, x: Tensor, act: Callable[[RangeSearch, Tensor], None]) -> None:
-            cut = self._cuts.get(name)
-            parts = x.split(list(cut), channel_dim(self.layers[name])) if cut else [x]
+        def note(name: str, parts: list[Tensor | None], act: Callable[[RangeSearch, Tensor], None]) -> None:
             for search, part in zip(searches[name], parts):
-                act(search, part)
+                if part is not None:
+                    act(search, part)
 
-        def first(name: str, x: Tensor) -> None:
+        def first(search: RangeSearch, x: Tensor, name: str) -> None:
             self._check_finite(name, x)
-            note(name, x, RangeSearch.see)
+            search.see(x)
 
-        self._pass(layers, upstream, first)
+        self._pass(modules, upstream, lambda name, x: note(name, x, lambda search, part: first(search, part, name)))
+        self._check_called(searches)
+        self._pass(modules, upstream, lambda name, x: note(name, x, RangeSearch.tally))
+        for search in itertools.chain(*searches.values()):
+            search.shorten()
+        self._pass(modules, upstream, lambda name, x: note(name, x, RangeSearch.score))
+        return {name: self._record(name, [search.record() for search in parts]) for name, parts in searches.items()}
+
+    def _searches(self, name: str) -> list[RangeSearch]:
+        """One for each part of a layer's input, or for each operand."""
+        count = len(OPERANDS) if name in self.attentions else len(self._cuts.get(name, (0,)))
+        bits = self.bits.get(name, self.settings.bits[1])
+        return [RangeSearch(bits, self.settings.p, self.settings.candidates) for _ in range(count)]
+
+    def _record(self, name: str, parts: list[QuantizedInput]) -> QuantizedInput:
+        if name in self.attentions:
+            return QuantizedMatmuls.of(parts)
+        if name in self._cuts:
+            return QuantizedInput.joined(parts, self._cuts[name])
+        return replace(parts[0], site=self.settings.site)
+
+    def _check_called(self, searches: dict[str, list[RangeSearch]]) -> None:
         missing = [name for name, found in searches.items() if found[0].high == float("-inf")]
+        if any(name in self.attentions for name in missing):
+            raise ConfigurationError(
+                f"quantize_matmul=True: {missing[:5]} never ask scaled_dot_product_attention. Use a processor that "
+                "does: module.set_processor(AttnProcessor2_0())."
+            )
         if missing:
             raise ConfigurationError(
                 f"exclude: the network never calls {missing[:5]} (attention of torch.nn reads its weights directly). "
                 "Exclude them, or use layers that are called."
             )
-        self._pass(layers, upstream, lambda name, x: note(name, x, RangeSearch.tally))
-        for search in itertools.chain(*searches.values()):
-            search.shorten()
-        self._pass(layers, upstream, lambda name, x: note(name, x, RangeSearch.score))
-        found = {name: [search.record() for search in parts] for name, parts in searches.items()}
-        return {n: QuantizedInput.joined(r, self._cuts[n]) if n in self._cuts else r[0] for n, r in found.items()}
 
     def _pass(
         self,
-        layers: dict[str, nn.Module],
+        modules: dict[str, nn.Module],
         upstream: dict[str, QuantizedInput],
-        see: Callable[[str, Tensor], None],
+        see: Callable[[str, list[Tensor | None]], None],
     ) -> None:
-        """All samples through the network, inputs of ``layers`` shown, those of ``upstream`` quantised."""
+        """All samples through the network, inputs of ``modules`` shown in parts, those of ``upstream`` quantised."""
 
-        def quantise(layer: nn.Module, args: tuple) -> tuple:
-            return (upstream[names[layer]].apply(args[0], channel_dim(layer)), *args[1:])
+        def look(name: str, x: Tensor) -> None:
+            cut = self._cuts.get(name)
+            see(name, list(x.split(list(cut), channel_dim(self.layers[name]))) if cut else [x])
 
-        names = {layer: name for name, layer in self.layers.items()}
+        def look_at_operand(name: str, i: int, x: Tensor) -> Tensor:
+            see(name, [x if i == k else None for k in range(len(OPERANDS))])
+            return x
+
         with contextlib.ExitStack() as hooks:
-            for name in upstream:
-                hooks.callback(self.layers[name].register_forward_pre_hook(quantise).remove)
-            for layer in layers.values():
-                look = lambda module, args: see(names[module], args[0])  # noqa: E731
-                hooks.callback(layer.register_forward_pre_hook(look).remove)
+            for name, record in upstream.items():
+                layer = self.layers[name]
+                hooks.callback(at_site(layer, record.site, partial(record.apply, dim=channel_dim(layer))).remove)
+            for name, module in modules.items():
+                if name in self.attentions:
+                    hooks.callback(watch_matmuls(module, partial(look_at_operand, name)).remove)
+                else:
+                    hooks.callback(at_site(module, self.settings.site, partial(look, name)).remove)
             for x, t, condition in self.samples.batches(self.settings.batch_size):
                 self._times = t
                 call(self.network, x, t, condition)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from effdl.core.capture import first_tensor
 from effdl.core.input_quantizers import QuantizedInput, channel_dim
 from effdl.core.quantizers import QuantizedWeight
 from effdl.core.random import generator
-from effdl.diffusion._ptq4dm_ranges import rounded_weights
+from effdl.diffusion._ptq4dm_ranges import at_site, rounded_weights
 from effdl.diffusion._ptq4dm_samples import Samples, call
 from effdl.diffusion._ptq4dm_settings import Settings
 
@@ -99,17 +100,14 @@ def _blocks(modules: dict[str, nn.Module], layers: dict[str, nn.Module]) -> dict
 def _through(
     layers: dict[str, nn.Module], inputs: dict[str, QuantizedInput], change: Callable[[Tensor, Tensor], Tensor]
 ) -> Iterator[None]:
-    """Inside, each layer takes ``change(x, quantised x)`` instead of its input x."""
-    names = {layer: name for name, layer in layers.items()}
-
-    def take(layer: nn.Module, args: tuple) -> tuple:
-        x = args[0]
-        seen = inputs[names[layer]].apply(x.detach(), channel_dim(layer))
-        return (change(x, x + (seen - x).detach()), *args[1:])
+    """Inside, each layer takes ``change(x, quantised x)`` instead of its input x (or answers it)."""
+    def take(name: str, x: Tensor) -> Tensor:
+        seen = inputs[name].apply(x.detach(), channel_dim(layers[name]))
+        return change(x, x + (seen - x).detach())
 
     with contextlib.ExitStack() as hooks:
-        for layer in layers.values():
-            hooks.callback(layer.register_forward_pre_hook(take).remove)
+        for name in [name for name in layers if name in inputs]:
+            hooks.callback(at_site(layers[name], inputs[name].site, partial(take, name)).remove)
         yield
 
 

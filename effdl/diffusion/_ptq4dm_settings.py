@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 from effdl.core.errors import check, check_choice, check_integer, check_number
+from effdl.core.input_quantizers import SITES
 
 EDGE_BITS = 8  # of the first and the last layer, always
 CALIBRATIONS = ("skewed", "uniform", "noise", "forward", "raw")
@@ -28,6 +29,11 @@ class Settings:
         p: of the error |x - x_q|^p, 1 to 4 (2: mean square, 1: absolute).
         candidates: ranges tried.
         split_shortcut: two ranges for layers that read a skip concatenation, whose halves differ.
+        quantize_matmul: the operands of both products of attention too (query, key, probabilities, value), one range
+            each; of diffusers' attention modules. Without, they stay float.
+        site: ``"input"``: what integer kernels take, behind normalisation and activation. ``"output"``, as the
+            released script does: what a layer answers, before them, so that the next one still reads float numbers. For
+            comparison: no integer kernel runs it. The network's answer (its last layer) stays float.
         sequential: a layer's input is measured behind quantised layers, three passes for each layer; otherwise all
             inputs in the same three passes, behind quantised weights alone.
         adaround: learn to round weights up or down, block by block (:mod:`effdl.diffusion._ptq4dm_rounding`).
@@ -46,6 +52,8 @@ class Settings:
     p: float = 2.4
     candidates: int = 100
     split_shortcut: bool = False
+    quantize_matmul: bool = False
+    site: str = "input"
     sequential: bool = False
     adaround: bool = False
     iterations: int = 1000
@@ -71,8 +79,11 @@ class Settings:
         check_number("guidance", self.guidance, 0, float("inf"), closed="[)")
         check_number("p", self.p, 1, 4)
         check_integer("candidates", self.candidates, 1, 10_000)
-        for name in ("split_shortcut", "sequential", "adaround"):
+        check_choice("site", self.site, SITES)
+        for name in ("split_shortcut", "quantize_matmul", "sequential", "adaround"):
             check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        split = self.split_shortcut and self.site == "output"
+        check(not split, "split_shortcut", True, "False with site='output': a concatenation is no layer's output")
         check_integer("iterations", self.iterations, 1)
         check_integer("seed", self.seed, 0)
         if self.mu > 0.5 and self.calibration == "skewed":

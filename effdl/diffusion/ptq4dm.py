@@ -16,8 +16,9 @@ is the one of a hundred that minimises mean |x - x_q|^2.4.
 Two things differ from the released script, on purpose. It stores the state *after* the k-th step from the noisy end
 under the label k, so that image and time do not belong together; here each state has the time it was asked at
 (``pairing="official"`` is kept for comparison). It quantises outputs of layers, before the normalisation; here their
-inputs are, which is what integer kernels take. And zero is code 2^(b-1) of a signed range, where the script's
-(2^b - 1) / 2 is a tie that float noise decides. Attention products and the sampler's own update stay float.
+inputs are, which is what integer kernels take (``site="output"`` is kept for comparison). And zero is code 2^(b-1) of a
+signed range, where the script's (2^b - 1) / 2 is a tie that float noise decides. The operands of attention's products
+are quantised on demand (``quantize_matmul``); the sampler's own update stays float.
 
 Example::
 
@@ -133,7 +134,8 @@ def weight_record(weight: Tensor, bits: int, p: float = 2.4, candidates: int = 1
 
 
 class Calibration(NamedTuple):
-    """What :func:`calibrate` found: records of weights and of inputs by layer name, and where it looked."""
+    """What :func:`calibrate` found: records of weights and of inputs by layer name (of attention modules' operands by
+    the module's), and where it looked."""
 
     weights: dict[str, QuantizedWeight]
     inputs: dict[str, QuantizedInput]
@@ -178,13 +180,15 @@ def calibrate(
 
     layers = select_modules(network, default=KINDS) if layers is None else layers
     weight_bits, input_bits = (bit_map(list(layers), bits) for bits in settings.bits)
+    last = list(layers)[-1] if settings.site == "output" else None  # the network's answer stays float
     with evaluating(network), torch.inference_mode(False), torch.no_grad(), context or nullcontext():
         for name, layer in layers.items():
             check_finite(layer.weight, f"{name}.weight")
         samples = sampling.draw(network, scheduler, settings, condition, empty, images)
         find = (settings.p, settings.candidates)
         weights = {name: weight_record(layer.weight, weight_bits[name], *find) for name, layer in layers.items()}
-        measured = ranges.Measurement(network, layers, samples, input_bits, settings)
+        shown = {name: layer for name, layer in layers.items() if name != last}
+        measured = ranges.Measurement(network, shown, samples, input_bits, settings)
         with ranges.rounded_weights(layers, weights):
             inputs = measured.run()
         if settings.adaround:
