@@ -27,6 +27,7 @@ from effdl.compression._nupes_learning import Learning, learn_layer
 from effdl.core.blockwise import call_model
 from effdl.core.capture import first_tensor
 from effdl.core.distributed import broadcast, world_size
+from effdl.core.input_quantizers import QuantizedInput, taking
 from effdl.core.quantizers import QuantizedWeight
 
 LEARNABLE = (nn.Linear, nn.modules.conv._ConvNd)
@@ -38,6 +39,7 @@ def learn_network(
     batches: Sequence[Any],
     how: Learning,
     forward: Callable[[nn.Module, Any], Any] = call_model,
+    taken: Mapping[nn.Module, QuantizedInput] | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Learned records for all linear layers and convolutions among ``records``, in the order in which they run.
 
@@ -47,6 +49,7 @@ def learn_network(
         batches: calibration batches; all inputs and outputs of one layer are in memory at a time.
         how: see :class:`Learning`.
         forward: ``(network, batch) -> anything``.
+        taken: layers whose inputs are quantised too; X_q is then made of quantised inputs, the layer's own among them.
 
     Cost: per layer two forward passes up to it, and the steps of :func:`learn_layer`. Under distributed training each
     process learns from its own batches, and all take what the first one found.
@@ -68,7 +71,9 @@ def learn_network(
             put(quantized=False)
             targets = _caught(network, layer, count, batches, forward)[1]
             put(quantized=True)
-            inputs = _caught(network, layer, count, batches, forward)[0]
+            waiting = {owners[other] for other in todo} - {layer}
+            with taking({owner: record for owner, record in (taken or {}).items() if owner not in waiting}):
+                inputs = _caught(network, layer, count, batches, forward)[0]
             bias = {} if layer.bias is None else {"bias": layer.bias.detach().float()}
 
             def run(weight: Tensor, x: Tensor, layer: nn.Module = layer, bias: dict[str, Tensor] = bias) -> Tensor:

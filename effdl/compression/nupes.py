@@ -13,8 +13,8 @@ ordinary matrix product, or, where 1/a is an integer, products are raised to it 
 (:func:`integer_dot`).
 
 The exponent is searched without data (:func:`search_exponents`, PowerQuant's objective); codes and exponent may also
-be learned from a few batches (:mod:`effdl.compression._nupes_network`). With 2 bits the codes are -1, 0, 1 and the
-exponent moves a threshold only: nothing is gained without learning.
+be learned from a few batches (:mod:`effdl.compression._nupes_network`), and inputs coded alike (``_nupes_inputs``).
+With 2 bits the codes are -1, 0, 1 and the exponent moves a threshold only: nothing is gained without learning.
 
 Example::
 
@@ -202,15 +202,25 @@ class PowerErrors:
     """
 
     def __init__(self, weight: Tensor, bits: int, layout: str = "row") -> None:
-        self.n = top_code(bits)
         wide = _wide(weight.detach())
-        if wide.device.type == "mps":  # no float64 there
-            wide = wide.cpu()
+        wide = wide.cpu() if wide.device.type == "mps" else wide  # no float64 there
         scale = ungrouped(largest(wide, layout)[:, None].expand_as(grouped(wide, layout)), wide.shape, layout)
-        self.ratio, order = (wide.abs() / scale).flatten().sort()
-        m, w = scale.flatten()[order].double(), wide.abs().flatten()[order].double()
+        self._sort(wide.abs().flatten(), scale.flatten(), top_code(bits))
+
+    @classmethod
+    def of_values(cls, sizes: Tensor, counts: Tensor, scale: float, n: int) -> PowerErrors:
+        """Of magnitudes [K] that occur ``counts`` [K] times, in codes up to ``n``; above ``scale`` they are clipped."""
+        made = cls.__new__(cls)
+        made._sort(sizes, torch.full_like(sizes, scale), n, counts)
+        return made
+
+    def _sort(self, sizes: Tensor, scale: Tensor, n: int, counts: Tensor | None = None) -> None:
+        self.n = n
+        self.ratio, order = (sizes / scale).sort()
+        m, w = scale[order].double(), sizes[order].double()
+        each = 1.0 if counts is None else counts[order].double()
         start = m.new_zeros(1)
-        self.sums = torch.stack([torch.cat([start, s.cumsum(0)]) for s in (m * m, m * w, w * w)])
+        self.sums = torch.stack([torch.cat([start, (s * each).cumsum(0)]) for s in (m * m, m * w, w * w)])
 
     def __call__(self, exponents: Tensor) -> Tensor:
         """float64 [K] on the CPU for exponents [K]."""
@@ -263,26 +273,25 @@ def search_exponents(
     check(len(each) == len(weights), "bits", bits, f"one number, or one for each of {len(weights)} weights")
     for weight in weights:
         check_finite(weight)
-    grid = [low + step * i for i in range(round((high - low) / step) + 1)]
     spreads = [PowerErrors(weight, b, layout) for weight, b in zip(weights, each)] if share else []
-    shared = _minimum(lambda a: torch.stack([spread(a) for spread in spreads]).sum(0), grid, step) if share else None
+    shared = minimum(lambda a: sum(spread(a) for spread in spreads), low, high, step) if share else None
     exponents, errors = [], []
     for i, (weight, b) in enumerate(zip(weights, each)):
         spread = spreads[i] if share else PowerErrors(weight, b, layout)
-        exponents.append(_minimum(spread, grid, step) if shared is None else shared)
+        exponents.append(minimum(spread, low, high, step) if shared is None else shared)
         errors.append(float(spread(torch.tensor(exponents[-1:]).double())))
     return exponents, errors
 
 
-def _minimum(objective: Callable[[Tensor], Tensor], grid: list[float], step: float, sections: int = 20) -> float:
+def minimum(objective: Callable[[Tensor], Tensor], low: float = LOW, high: float = HIGH, step: float = STEP) -> float:
     """The best of all points evaluated: the grid, 1, and a golden-section search around the best of them."""
-    points = torch.tensor([*grid, 1.0], dtype=torch.float64)
+    points = torch.tensor([*(low + step * i for i in range(round((high - low) / step) + 1)), 1.0], dtype=torch.float64)
     values = objective(points)
     at = int(values.argmin())
     best, least = float(points[at]), float(values[at])
-    low, high = max(best - step, grid[0]), min(best + step, max(grid[-1], 1.0))
+    low, high = max(best - step, float(points.min())), min(best + step, float(points.max()))
     shrink = (math.sqrt(5) - 1) / 2
-    for _ in range(sections):
+    for _ in range(20):
         inner = torch.tensor([high - shrink * (high - low), low + shrink * (high - low)], dtype=torch.float64)
         left, right = objective(inner).tolist()
         low, high = (low, float(inner[1])) if left < right else (float(inner[0]), high)

@@ -12,7 +12,7 @@ Example::
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from effdl.core.capture import first_tensor
 from effdl.core.distributed import all_gather_rows, all_reduce_sum
 from effdl.core.errors import ConfigurationError, check, check_choice, check_number
-from effdl.core.input_quantizers import SMALLEST_SCALE, QuantizedInput
+from effdl.core.input_quantizers import SMALLEST_SCALE, QuantizedInput, takes_input
 
 BINS = 2**16  # of a histogram: 256 in each step of the widest 8-bit range
 CANDIDATES = 100  # thresholds of a search, evenly spaced up to the largest value
@@ -157,6 +157,13 @@ class InputHistogram:
         found = best_candidate(errors, largest, self.side, bits, int(counts.sum()))
         zero = torch.tensor([found.zero_point], dtype=torch.int32, device=values.device)
         return QuantizedInput(found.delta.float(), zero, bits), float(found.error)
+
+
+def layers_reading(network: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[str, nn.Module]:
+    """The linear layers and convolutions that multiply their input by one of these weights; all of a tied one."""
+    known = {id(parameter) for parameter in parameters}
+    layers = {name: module for name, module in network.named_modules() if takes_input(module)}
+    return {name: module for name, module in layers.items() if id(module._parameters.get("weight")) in known}
 
 
 def check_percentile(argument: str, value: float) -> None:
