@@ -19,7 +19,8 @@ from torch import Tensor
 from effdl.core.errors import check, check_choice, check_integer, check_number
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "velocity", "score")
-SCHEDULES = ("linear", "scaled_linear", "cosine", "vpsde")
+SCHEDULES = ("linear", "scaled_linear", "cosine", "vpsde", "logsnr")
+LARGEST_LOG_SNR = 20.0  # of "logsnr", at the data; its negative at the noise
 
 
 def betas(name: str, steps: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
@@ -29,9 +30,12 @@ def betas(name: str, steps: int, start: float = 1e-4, end: float = 0.02) -> Tens
         name: ``"linear"`` from ``start`` to ``end``; ``"scaled_linear"``: their square roots are linear (Stable
             Diffusion: 0.00085 to 0.012); ``"cosine"``: alpha-bar = cos^2((t + .008)/1.008 pi/2), beta at most 0.999;
             ``"vpsde"``: the steps of the continuous VP-SDE whose rate rises from ``start`` to ``end`` (ProDiff: 0.1
-            and 40), ``beta_t = 1 - exp(-start/n - (end - start)(2 t - 1)/(2 n^2))``.
+            and 40), ``beta_t = 1 - exp(-start/n - (end - start)(2 t - 1)/(2 n^2))``; ``"logsnr"``: a cosine whose
+            log-SNR log(a^2/s^2) falls from 20 to -20, ``-2 log tan(A t/n + B)``, so that alpha-bar is
+            ``cos^2(A t/n + B)``, B = arctan(e^-10), A = arctan(e^10) - B (Salimans and Ho). (ProDiff's released code
+            hands these log-SNRs on as betas, which gives no schedule: they are above 1 and negative.)
         steps: n >= 1.
-        start, end: as said; the cosine has no use for them.
+        start, end: as said; the cosines have no use for them.
 
     Raises:
         ConfigurationError: unknown name, n < 1, rates out of order.
@@ -46,6 +50,12 @@ def betas(name: str, steps: int, start: float = 1e-4, end: float = 0.02) -> Tens
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
         alpha_bar = ((t + 0.008) / 1.008 * math.pi / 2).cos().square()
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    if name == "logsnr":
+        near = math.atan(math.exp(-LARGEST_LOG_SNR / 2))
+        t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        alpha_bar = (t * (math.pi / 2 - 2 * near) + near).cos().square()
+        alpha_bar[0] = 1  # the first step leaves from the data
+        return 1 - alpha_bar[1:] / alpha_bar[:-1]
     check_number("start", start, 0, float("inf"), closed="[)")
     check(start <= end, "start", start, f"at most end={end}")
     if name == "vpsde":

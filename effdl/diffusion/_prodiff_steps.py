@@ -18,7 +18,7 @@ from effdl.core.noise import add_noise, betas, ddim_step, expand
 from effdl.core.random import generator
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-SCHEDULES = {"vpsde": (0.1, 40.0), "linear": (1e-6, 0.01), "cosine": (0.0, 0.0)}
+SCHEDULES = {"vpsde": (0.1, 40.0), "linear": (1e-6, 0.01), "cosine": (0.0, 0.0), "logsnr": (0.0, 0.0)}
 LOSSES = ("l1_ssim", "l1")
 REDUCTIONS = ("mean", "official")
 

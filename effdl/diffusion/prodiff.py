@@ -73,7 +73,7 @@ class ProDiffModule(LightningModule):
         steps: T of stage teacher; in stage distill the teacher's.
         time_scale: s of the (first) student, which needs T / s calls; even.
         rounds: each halves the steps again; the student teaches the next. Rounds take equal shares of the run.
-        schedule: ``"vpsde"`` (the paper's), ``"linear"``, ``"cosine"``.
+        schedule: ``"vpsde"`` (the paper's), ``"linear"``, ``"cosine"``, ``"logsnr"``.
         loss: of stage teacher, ``"l1_ssim"`` or ``"l1"``.
         reduction: ``"mean"`` over the frames that count, or ``"official"`` over padded ones too.
         seed: of noise and times, functions of (seed, epoch, batch), drawn for the global batch.
@@ -117,7 +117,7 @@ class ProDiffModule(LightningModule):
         steps: int = 4,
         time_scale: int = 2,
         rounds: int = 1,
-        schedule: Literal["vpsde", "linear", "cosine"] = "vpsde",
+        schedule: Literal["vpsde", "linear", "cosine", "logsnr"] = "vpsde",
         loss: Literal["l1_ssim", "l1"] = "l1_ssim",
         reduction: Literal["mean", "official"] = "mean",
         seed: int = 0,

@@ -43,6 +43,18 @@ def test_vpsde_steps_are_those_of_the_continuous_schedule():
     torch.testing.assert_close(alpha_bar, (2 * LinearVP(0.1, 40.0).log_alpha(times)).exp(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("steps", [1, 5, 1000])
+def test_log_snr_falls_along_a_cosine_from_twenty_to_minus_twenty(steps):
+    times = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    near = torch.tensor(-10.0, dtype=torch.float64).exp().atan()
+    log_snr = -2 * ((torch.pi / 2 - 2 * near) * times + near).tan().log()  # arctan(e^10) = pi/2 - arctan(e^-10)
+    steps_of = betas("logsnr", steps)
+    assert ((steps_of > 0) & (steps_of < 1)).all()
+    alpha_bar = (1 - steps_of).cumprod(0)
+    torch.testing.assert_close(alpha_bar, log_snr.sigmoid(), rtol=1e-6, atol=1e-15)
+    assert float((alpha_bar[-1] / (1 - alpha_bar[-1])).log()) == pytest.approx(-20, abs=1e-5)
+
+
 @pytest.mark.parametrize("arguments", [("no", 5), ("linear", 0), ("linear", 5, 0.2, 0.1), ("vpsde", 5, -1.0, 1.0)])
 def test_betas_refuse_bad_arguments(arguments):
     with pytest.raises(ConfigurationError):
@@ -131,6 +143,8 @@ def test_fixed_grid_solvers_have_their_order_and_a_gradient(method, order):
     assert float(torch.autograd.grad(end.sum(), x)[0]) == pytest.approx(float(end.detach()), rel=1e-9)
     with pytest.raises(ConfigurationError, match="grid"):
         odeint(lambda t, x: x, x, torch.tensor([0.0, 1.0, 0.5]), method)
+    with pytest.raises(ConfigurationError, match="grid"):
+        odeint(lambda t, x: x, x, torch.tensor([0.0]), method)
 
 
 def test_the_path_shows_every_call_of_the_network():
