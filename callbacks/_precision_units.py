@@ -13,7 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from effdl.callbacks._precision_inputs import UnitInputs
+from effdl.callbacks._quantized_network import network_prefix
 from effdl.callbacks._quantized_report import plain_copy
+from effdl.compression._precision_inputs import InputHessian
 from effdl.compression.hessian_mixed_precision import (
     Search,
     augmented_order,
@@ -34,6 +37,7 @@ from effdl.core.errors import ConfigurationError, check
 from effdl.core.export import product
 from effdl.core.factorize import multiply_adds
 from effdl.core.hessian import HessianOperator, block_traces
+from effdl.core.input_quantizers import taking
 from effdl.core.quantizers import QuantizedWeight
 from effdl.core.random import generator
 from effdl.core.report import first_example
@@ -71,6 +75,11 @@ class Units:
         self.kept: dict[int, list[QuantizedWeight]] = {}
         self.told: dict[str, Any] = {"interactions": {}, "macs": self._macs()}
         self.soft: list[Tensor] = []
+        self.inputs: UnitInputs | None = None
+        if callback.activations:
+            run = lambda: [self._logits(batch) for batch in self.batches]  # noqa: E731
+            given = (network_prefix(pl_module), callback.activation_range, run)
+            self.inputs = UnitInputs(self.network, self.parameters, *given)
 
     def _widened(self, batch: Any) -> Any:
         floating = lambda x: isinstance(x, Tensor) and x.is_floating_point()  # noqa: E731
@@ -99,13 +108,14 @@ class Units:
 
     @contextmanager
     def wearing(self, bits: list[int | None]) -> Iterator[None]:
-        """The network with some units quantised (``None``: float)."""
+        """The network with some units quantised (``None``: float), their inputs with them where these count."""
         changed = [i for i, width in enumerate(bits) if width is not None]
         with torch.no_grad():
             try:
                 for i in changed:
                     self.parameters[i].copy_(self.quantised(bits[i])[i].dequantize(self.dtype))
-                yield
+                with taking({} if self.inputs is None else self.inputs.taken(bits)):
+                    yield
             finally:
                 for i in changed:
                     self.parameters[i].copy_(self.floats[i])
@@ -157,6 +167,11 @@ class Units:
         self.traces = estimates.mean(0) / sizes
         spread = estimates.std(0, correction=min(1, c.probes - 1)) / c.probes**0.5 / sizes
         self.told |= {"traces": self.traces.tolist(), "trace_errors": spread.tolist()}
+        if self.inputs is not None:
+            loss_at, everywhere = self._loss, list(range(len(self.batches)))
+            self.joint = InputHessian(loss_at, self.parameters, self.inputs.places, everywhere)
+            self.input_traces = self.joint.traces(c.probes, generator(c.seed + 1)).mean(0)
+            self.told["input_traces"] = dict(zip(self.inputs.names, self.input_traces.tolist()))
 
     def _how(self) -> str:
         few = len(self.names) <= FEW
@@ -166,7 +181,11 @@ class Units:
         """Single increases [n] and Omega [n, n] of these units, all at this width."""
         how = self._how()
         if how == "hvp":
-            single, omega = hvp_interactions(self.operator, self.deltas(width), units)
+            if self.inputs is None:
+                single, omega = hvp_interactions(self.operator, self.deltas(width), units)
+            else:
+                ranges = [record for record, _ in self.inputs.ranges(width)]
+                single, omega = self.joint.interactions(self.deltas(width), ranges, units)
             error = torch.zeros_like(omega)
         else:
 
@@ -187,7 +206,10 @@ class Units:
             local = torch.randperm(len(candidates), generator=generator(self.callback.seed)).tolist()
         elif how == "qe":
             chosen = [[tensors[i] for i in candidates] for tensors in (self.floats, self.deltas(width))]
-            local = relative_errors(*chosen).argsort(stable=True).tolist()
+            errors = relative_errors(*chosen)
+            if self.inputs is not None:
+                errors = errors + self.inputs.relative(width)[candidates]
+            local = errors.argsort(stable=True).tolist()
         elif len(candidates) > 1:
             local = self._by_loss(how, width, candidates)
         return [candidates[i] for i in local]
@@ -199,6 +221,8 @@ class Units:
         if measured:
             return augmented_order(single, omega)
         scores = hessian_scores(self.traces[candidates], [self.deltas(width)[i] for i in candidates])
+        if self.inputs is not None:
+            scores = scores + self.inputs.scores(width, self.input_traces)[candidates]
         if how == "hessian":
             return scores.argsort(stable=True).tolist()
         return augmented_order(scores / 2, omega) if how == "augmented" else row_sum_order(scores, omega)

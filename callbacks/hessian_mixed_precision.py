@@ -17,6 +17,7 @@ from effdl.compression.nupes import check_layout
 from effdl.core.contract import ContractExample
 from effdl.core.errors import check, check_choice, check_integer, check_number
 from effdl.core.export import product
+from effdl.core.input_quantizers import QuantizedInput
 from effdl.core.paper import Paper
 from effdl.core.quantized import quantized_weights
 from effdl.core.quantizers import QuantizedWeight
@@ -31,8 +32,12 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
 
     Layers are ordered by how a loss reacts to their quantisation, and by how their errors add up or cancel; bisection
     finds, for 8 bits and then for 4, how many may go, in about log2(N) evaluations each. At the end of training, or
-    alone under ``trainer.validate(model, loader)``. Weights only: activations stay as they are until
-    ``core.deploy.deploy`` runs the 8-bit layers on integers. The order knows no accuracy; the search measures it.
+    alone under ``trainer.validate(model, loader)``. The order knows no accuracy; the search measures it.
+
+    A unit is a layer's weight; with ``activations=True`` also what enters the layer, at the same bits, in one range
+    that the float network fixed: search, finished network and artifact then compute with both, and
+    ``core.deploy.deploy(network, "torch-int8")`` runs 8-bit layers (and narrower ones, whose codes fit) on integers. At
+    16 bits activations stay as they are.
 
     Cost: ``probes`` Hessian-vector products and, with all pairs, N (N + 1) / 2 losses over the calibration batches for
     each width; ``pairs="hvp"`` takes N products instead. A copy of the network in float32 is searched. It fails where
@@ -51,6 +56,9 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
         loss: ``"task"`` (cross-entropy of the labels) or ``"kl"`` (to the float network's outputs; no labels needed).
         method: ``"bisection"`` or ``"greedy"`` (tries every layer: N evaluations a width).
         verify: measure what was found once more, and step back until it reaches the target.
+        activations: whether a unit is its activations too; linear layers and convolutions have some.
+        activation_range: ``"mse"``: of least squared error over the calibration batches, for each width; ``"max"``: up
+            to the largest magnitude. Symmetric, or from 0 where no activation is negative.
         granularity: which weights share a scale: ``"row"``, ``"tensor"``, ``"group:K"`` (K = 32 ... for 4-bit kernels).
         probes: Rademacher vectors of Hutchinson's traces.
         calibration_batches: batches of the training data for the losses.
@@ -60,9 +68,11 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
 
     Raises:
         ConfigurationError: an argument outside its range; fewer than two layers; labels missing; a metric that is
-            negative or no number; a target that 16 bits miss; no second derivatives. The network is as it was then.
+            negative or no number; a target that 16 bits miss; no second derivatives; activations that are not finite,
+            or of a layer that the network never calls. The network is as it was then.
 
-    Logs nothing; :meth:`report` holds bits, traces with standard errors, interactions, orders and every evaluation.
+    Logs nothing; :meth:`report` holds bits, ranges, traces with standard errors, interactions, orders and every
+    evaluation.
 
     Example::
 
@@ -94,6 +104,8 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
         loss: Literal["task", "kl"] = "task",
         method: Literal["bisection", "greedy"] = "bisection",
         verify: bool = True,
+        activations: bool = False,
+        activation_range: Literal["mse", "max"] = "mse",
         granularity: str = "row",
         probes: int = 64,
         calibration_batches: int = 8,
@@ -116,6 +128,8 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
         check_choice("loss", loss, ("task", "kl"))
         check_choice("method", method, ("bisection", "greedy"))
         check(isinstance(verify, bool), "verify", verify, "True or False")
+        check(isinstance(activations, bool), "activations", activations, "True or False")
+        check_choice("activation_range", activation_range, ("mse", "max"))
         check_layout(granularity, "granularity")
         check_integer("probes", probes, 1)
         if validation_batches is not None:
@@ -126,6 +140,7 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
         check_targets("exclude", exclude)
         self.bits, self.target_ratio, self.metric, self.mode = widths, target_ratio, metric, mode
         self.order, self.pairs, self.diagonal, self.loss = order, pairs, diagonal, loss
+        self.activations, self.activation_range = activations, activation_range
         self.method, self.verify, self.granularity, self.probes = method, verify, granularity, probes
         self.validation_batches, self.seed = validation_batches, seed
         self.targets, self.exclude = targets, exclude
@@ -134,6 +149,7 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
     def _begin(self) -> None:
         super()._begin()
         self.found: Search | None = None
+        self.inputs: dict[str, QuantizedInput] = {}
         self._told: dict[str, Any] = {}
 
     @property
@@ -154,8 +170,15 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
             units = Units(self, trainer, pl_module, batches)
             units.analyse()
             self.found = units.search()
-        self._told = {**units.told, "sizes": [weight.numel() for weight in units.floats]}
-        return units.records(self.found.bits)
+        bits = self.found.bits
+        self._told = {**units.told, "sizes": [weight.numel() for weight in units.floats], "widths": BASELINE}
+        if units.inputs is not None:
+            self.inputs = {n: record.to(pl_module.device) for n, record in units.inputs.records(bits).items()}
+            self._told |= {"inputs": units.inputs.rows(bits), "widths": units.inputs.widths(bits)}
+        return units.records(bits)
+
+    def _inputs(self) -> dict[str, QuantizedInput]:
+        return self.inputs
 
     def report(self) -> dict[str, Any]:
         """As every quantiser's; with the bits of each layer, the search's evaluations and the modelled cost.
@@ -178,7 +201,10 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
             "interactions": self._told["interactions"],
             **{column: dict(zip(names, values)) for column, values in rows.items() if column != "bits"},
         }
-        return {**told, **self._costs(), "bit_map": self.bit_map, "search": details}
+        if "input_traces" in self._told:
+            details["input_traces"] = self._told["input_traces"]
+        ranges = {"inputs": self._told["inputs"]} if self.activations else {}
+        return {**told, **ranges, **self._costs(), "bit_map": self.bit_map, "search": details}
 
     def _costs(self) -> dict[str, float]:
         """Modelled, of one example, as a share of 16 bits throughout: where all kernels exist, and on a CPU."""
@@ -186,7 +212,7 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
         half = [BASELINE] * len(bits)
         models = {"": LatencyModel(macs, sizes), "_cpu": LatencyModel(macs, sizes, CPU_COMPUTE)}
         shares = {f"modelled_cost{name}": model(bits) / model(half) for name, model in models.items()}
-        return {**shares, "bit_operations": bit_operations(macs, bits)}
+        return {**shares, "bit_operations": bit_operations(macs, bits, self._told["widths"])}
 
     @classmethod
     def contract_example(cls) -> ContractExample:
@@ -205,6 +231,8 @@ class MixedPrecisionPTQCallback(CalibratedQuantizer):
                 "loss": "mse",
                 "method": "grid",
                 "verify": "yes",
+                "activations": 8,
+                "activation_range": "median",
                 "granularity": ["column", "group:0"],
                 "probes": [0, 1.5],
                 "calibration_batches": [0, 2.5],

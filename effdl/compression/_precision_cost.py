@@ -44,6 +44,7 @@ class LatencyModel:
         return sum(self.unit(index, b) for index, b in enumerate(bits))
 
 
-def bit_operations(macs: Sequence[float], bits: Sequence[int], activation_bits: int = 16) -> float:
+def bit_operations(macs: Sequence[float], bits: Sequence[int], activation_bits: int | Sequence[int] = 16) -> float:
     """BOPs: multiply-adds times bits of the weight times bits of the activation."""
-    return sum(m * b * activation_bits for m, b in zip(macs, bits))
+    inputs = [activation_bits] * len(bits) if isinstance(activation_bits, int) else activation_bits
+    return sum(m * b * a for m, b, a in zip(macs, bits, inputs))

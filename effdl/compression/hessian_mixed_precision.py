@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from effdl.core.errors import ConfigurationError, check
 from effdl.core.hessian import HessianOperator
+from effdl.core.input_quantizers import QuantizedInput
 from effdl.core.quantized import quantize_
 from effdl.core.quantizers import QuantizedWeight, half_precision, symmetric
 
@@ -264,8 +265,14 @@ def quantise(weight: Tensor, bits: int, granularity: str = "row") -> QuantizedWe
     return replace(record, scale=record.scale.to(weight.dtype))
 
 
-def apply_bit_map(network: nn.Module, bit_map: Mapping[str, int], granularity: str = "row") -> nn.Module:
-    """A report's ``bit_map`` on a float network with weights of these names, in place; no search.
+def apply_bit_map(
+    network: nn.Module,
+    bit_map: Mapping[str, int],
+    granularity: str = "row",
+    inputs: Mapping[str, QuantizedInput] | None = None,
+) -> nn.Module:
+    """A report's ``bit_map`` on a float network with weights of these names, in place; no search. ``inputs``: ranges of
+    its layers' inputs, where these were units too (the callback's ``inputs``, or ``core.quantized.quantized_inputs``).
 
     Raises:
         ConfigurationError: a name that is no weight of the network (a report's are a LightningModule's).
@@ -278,5 +285,6 @@ def apply_bit_map(network: nn.Module, bit_map: Mapping[str, int], granularity: s
     known = dict(network.named_parameters())
     unknown = sorted(set(bit_map) - set(known))
     check(not unknown, "bit_map", unknown, "names of the network's weights")
-    quantize_(network, {name: quantise(known[name].detach(), bits, granularity) for name, bits in bit_map.items()})
+    records = {name: quantise(known[name].detach(), bits, granularity) for name, bits in bit_map.items()}
+    quantize_(network, records, dict(inputs or {}))
     return network

@@ -54,7 +54,7 @@ def grid(theta: Tensor, side: str, bits: int) -> tuple[Tensor, int]:
     return (theta * ((2 if side == "signed" else 1) / levels)).clamp(min=SMALLEST_SCALE), zero
 
 
-def rounded(x: Tensor, delta: Tensor, zero_point: int, bits: int) -> Tensor:
+def rounded(x: Tensor, delta: Tensor | float, zero_point: int, bits: int) -> Tensor:
     """``x_q = (clamp(round(x / delta) + z, 0, 2^b - 1) - z) delta``; ties to even."""
     return (x / delta).round_().clamp_(-zero_point, 2**bits - 1 - zero_point).mul_(delta)
 
@@ -117,11 +117,6 @@ class InputHistogram:
     high: float
     counts: Tensor
 
-    @property
-    def side(self) -> str:
-        """See :func:`side_of`."""
-        return side_of(self.low, self.high)
-
     def values(self) -> tuple[Tensor, Tensor]:
         """The middles of the bins that hold something and how many entries each holds, float64 [K] both."""
         filled = torch.nonzero(self.counts)[:, 0].double()
@@ -151,12 +146,14 @@ class InputHistogram:
         """
         check_choice("clip", clip, ("max", "mse"))
         values, counts = self.values()
-        largest = torch.tensor([self.largest()], dtype=values.dtype, device=values.device)
-        among = {CANDIDATES} if clip == "max" else None
-        errors = candidate_errors(values[None], largest, self.side, bits, 2.0, CANDIDATES, counts, among)
-        found = best_candidate(errors, largest, self.side, bits, int(counts.sum()))
-        zero = torch.tensor([found.zero_point], dtype=torch.int32, device=values.device)
-        return QuantizedInput(found.delta.float(), zero, bits), float(found.error)
+        shares = [1.0] if clip == "max" else [i / CANDIDATES for i in range(1, CANDIDATES + 1)]
+        records = [QuantizedInput.of_power(share * self.largest(), 1.0, bits, self.low < 0) for share in shares]
+        errors = []
+        for record in records:
+            difference = rounded(values, float(record.scale), int(record.zero_point), bits).sub_(values)
+            errors.append(difference.square_() @ counts)
+        least = torch.stack(errors).min(0)
+        return records[int(least.indices)].to(values.device), float(least.values / counts.sum())
 
 
 def layers_reading(network: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[str, nn.Module]:
