@@ -118,3 +118,23 @@ def check_quantized_artifact(model, make_fresh, inputs: tuple, folder: Path) -> 
     command = [sys.executable, "-c", code, str(folder / "model.pt2"), str(folder / "case.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def trained_on_digits(model, seed: int, epochs: int):
+    """A classifier trained on scikit-learn's digits with Adam, in eval mode; training images and labels in the split's
+    order, and held-out ones: ``(model, (x, y), (x, y))``.
+    """
+    import torch
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+    g = torch.Generator().manual_seed(seed)
+    train, test = torch.randperm(len(x), generator=g).tensor_split([1297])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(epochs):
+        for rows in train[torch.randperm(len(train), generator=g)[:1280]].view(20, 64):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return model.eval(), (x[train], y[train]), (x[test], y[test])

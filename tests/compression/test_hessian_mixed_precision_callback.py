@@ -8,53 +8,27 @@ import random
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.utils.data import DataLoader
 
 from effdl.callbacks import MixedPrecisionPTQCallback, NUPESCallback
 from effdl.compression.hessian_mixed_precision import apply_bit_map
 from effdl.core.errors import ConfigurationError
 from effdl.core.export import save_model
 from effdl.core.quantized import load_quantized, payload, quantized_weights
+from tests.compression import small_network
 from tests.support import check_quantized_artifact
 
 
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def Net():
+    return small_network.Net(extra=[nn.Dropout(0.2)])
 
 
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.ReLU(),
-            nn.Flatten(), nn.Linear(96, 24), nn.Dropout(0.2), nn.ReLU(), nn.Linear(24, 3),
-        )  # fmt: skip
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.cross_entropy(self.model(x), y)
-
-    def validation_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("val/accuracy", (self.model(x).argmax(-1) == y).float().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 5e-3)
-
-
-def data(batches=6, size=16, seed=1):
-    y = torch.randint(0, 3, (batches, size), generator=torch.Generator().manual_seed(seed))
-    x = gaussian(batches, size, 1, 6, 6, seed=seed) + 0.4 * y.view(batches, size, 1, 1, 1)
-    return DataLoader(list(zip(x, y)), batch_size=None)
+def data(batches=6, seed=1):
+    return small_network.data(batches, seed=seed, distance=0.4)
 
 
 def trainer(*callbacks, **kwargs):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    options = {"max_epochs": 3, "accelerator": "cpu", "enable_checkpointing": False, **quiet, **kwargs}
-    return Trainer(callbacks=list(callbacks), **options)
+    return small_network.trainer(*callbacks, **{"max_epochs": 3, **kwargs})
 
 
 @torch.no_grad()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader
 
 from effdl.callbacks import NUPESCallback, PruningCallback
 from effdl.compression._nupes_learning import Learning, learn_layer
@@ -22,44 +20,8 @@ from effdl.core.errors import ConfigurationError
 from effdl.core.quantized import quantized_weights
 from effdl.core.select import select_weights
 from tests.compression import nupes_ranks
+from tests.compression.small_network import Net, data, gaussian, trainer
 from tests.support import check_quantized_artifact
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Net(LightningModule):
-    def __init__(self, network=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = network or nn.Sequential(
-            nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.ReLU(),
-            nn.Flatten(), nn.Linear(96, 24), nn.ReLU(), nn.Linear(24, 3),
-        )  # fmt: skip
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.cross_entropy(self.model(x), y)
-
-    def validation_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("val/accuracy", (self.model(x).argmax(-1) == y).float().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 5e-3)
-
-
-def data(batches=6, size=16):
-    y = torch.randint(0, 3, (batches, size), generator=torch.Generator().manual_seed(1))
-    x = gaussian(batches, size, 1, 6, 6) + y.view(batches, size, 1, 1, 1)
-    return DataLoader(list(zip(x, y)), batch_size=None)
-
-
-def trainer(*callbacks, **kwargs):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    options = {"max_epochs": 2, "accelerator": "cpu", "enable_checkpointing": False, **quiet, **kwargs}
-    return Trainer(callbacks=list(callbacks), **options)
 
 
 def test_must_08_and_09_learned_artifact(tmp_path):
