@@ -1,4 +1,4 @@
-"""``python -m benchmarks overhead|peers|compression|diffusion [--pairs N] [--batch B] [--rows NAME ...]``."""
+"""``python -m benchmarks overhead|peers|compression|diffusion|quality [--pairs N] [--batch B] [--rows NAME ...]``."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ from benchmarks import overhead, peers
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time ratios, measured in pairs.")
-    parser.add_argument("what", choices=("overhead", "peers", "compression", "diffusion"))
+    parser.add_argument("what", choices=("overhead", "peers", "compression", "diffusion", "quality"))
     parser.add_argument("--pairs", type=int, default=20, help="interleaved pairs of steps (default 20)")
     parser.add_argument("--batch", type=int, default=64, help="images per step (default 64)")
     parser.add_argument("--rows", nargs="*", metavar="NAME", help="methods, tables or parts of it")
     parser.add_argument("--no-memory", action="store_true", help="of overhead and diffusion: skip the peak memory")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--seeds", type=int, default=3, help="of compression (default 3)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/compression"), help="of compression: its runs")
+    parser.add_argument("--seeds", type=int, default=3, help="of compression and quality (default 3)")
+    parser.add_argument("--folder", type=Path, help="of compression and quality: their runs (default runs/WHAT)")
     args = parser.parse_args(arguments)
     if args.pairs < 1 or args.batch < 2:
         parser.error("--pairs must be at least 1 and --batch at least 2")
+    folder = args.folder or Path("runs") / args.what
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if args.what == "compression":
         from benchmarks import compression
 
-        print(aligned(compression.lines(compression.measure(args.folder, args.seeds, args.rows))))
+        print(aligned(compression.lines(compression.measure(folder, args.seeds, args.rows))))
+        return 0
+    if args.what == "quality":
+        from benchmarks import quality
+
+        found = quality.measure(folder, args.seeds)
+        print("\n\n".join(aligned(quality.lines(found, metric)) for metric in ("fid", "kid")))
+        print(*quality.pictures(folder, found), sep="\n")
         return 0
     if args.what == "diffusion":
         from benchmarks import diffusion
