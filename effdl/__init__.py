@@ -36,6 +36,7 @@ _EXPORTS = {
     "PolyReLU": "effdl.architectures.polycom",
     "PowerNorm": "effdl.architectures.powernorm",
     "ProDiffModule": "effdl.diffusion.prodiff",
+    "ProgressiveDistillMixin": "effdl.diffusion.progressive_distill",
     "RectifiedFlowModule": "effdl.diffusion.rectified_flow_transformer",
     "ReflowModule": "effdl.diffusion.instaflow",
     "ScoreSDEMixin": "effdl.diffusion.score_sde",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from effdl.diffusion.instaflow import ReflowModule
     from effdl.diffusion.koala import KOALADistillationModule
     from effdl.diffusion.prodiff import ProDiffModule
+    from effdl.diffusion.progressive_distill import ProgressiveDistillMixin
     from effdl.diffusion.rectified_flow_transformer import RectifiedFlowModule
     from effdl.diffusion.score_sde import ScoreSDEMixin, ScoreSDEModule
     from effdl.diffusion.smooth_diffusion import SmoothDiffusionMixin, SmoothDiffusionModule
@@ -92,6 +94,7 @@ __all__ = [
     "PolyReLU",
     "PowerNorm",
     "ProDiffModule",
+    "ProgressiveDistillMixin",
     "RectifiedFlowModule",
     "ReflowModule",
     "ScoreSDEMixin",

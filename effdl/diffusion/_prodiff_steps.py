@@ -91,6 +91,34 @@ def two_into_one(teacher: Denoiser, x: Tensor, t: Tensor, scale: int, alpha_bar:
     return Target(clean, first, middle, second, x_end)
 
 
+class Round(NamedTuple):
+    """One round of a distillation: ``scale`` indices in each of the student's steps (asked at label t - scale), the
+    teacher's label shift, the schedule."""
+
+    scale: int
+    teacher_shift: int
+    alpha_bar: Tensor
+
+
+def distillation_loss(
+    student: Denoiser,
+    teacher: Denoiser,
+    x0: Tensor,
+    noise: Tensor,
+    uniform: Tensor,
+    now: Round,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """``|f_S(x_t, t - s, c) - x*|`` of data ``[B, 1, M, T]`` at t = s k, k uniform; ``uniform`` ``[B]`` draws it."""
+    calls = (len(now.alpha_bar) - 1) // now.scale
+    t = now.scale * (1 + (uniform * calls).long())
+    x = noised(x0, noise, t, now.alpha_bar)
+    x = x if mask is None else x * mask[:, None, None]
+    target = two_into_one(teacher, x, t, now.scale, now.alpha_bar, now.teacher_shift).x0
+    return absolute_error(student(x, t - now.scale), target, mask, reduction)
+
+
 def absolute_error(prediction: Tensor, target: Tensor, mask: Tensor | None = None, reduction: str = "mean") -> Tensor:
     """Mean of ``|prediction - target|`` over the frames that count, fp32.
 

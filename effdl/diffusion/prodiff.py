@@ -1,7 +1,7 @@
 """prodiff: clean data in two calls: a conditional few-step diffusion decoder, halved by progressive distillation.
 
-Equations and samplers: :mod:`effdl.diffusion._prodiff_steps`; the WaveNet and the encoder:
-:mod:`effdl.diffusion._diffnet`; folders: :mod:`effdl.diffusion._prodiff_files`.
+Equations and samplers: :mod:`~effdl.diffusion._prodiff_steps`; networks: :mod:`~effdl.diffusion._diffnet`; folders:
+:mod:`~effdl.diffusion._prodiff_files`; stage 2 on your own module: :mod:`~effdl.diffusion.progressive_distill`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from effdl.diffusion._prodiff_rounds import catch_up, length_of_a_round, restore
 from effdl.diffusion._prodiff_steps import (
     LOSSES,
     REDUCTIONS,
+    Round,
     absolute_error,
     alphas_cumprod,
     check_times,
     dissimilarity,
+    distillation_loss,
     noised,
     posterior,
     sample,
@@ -46,6 +48,14 @@ __all__ = [
     "ClassEncoder", "DiffNet", "ProDiffModule", "absolute_error", "alphas_cumprod", "dissimilarity", "noised",
     "posterior", "sample", "sample_posterior", "two_into_one",
 ]  # fmt: skip
+
+
+PAPER = Paper(
+    slug="prodiff",
+    title="ProDiff: Progressive Fast Diffusion Model For High-Quality Text-to-Speech",
+    authors=("Huang, Rongjie", "Zhao, Zhou", "Liu, Huadai", "Liu, Jinglin", "Cui, Chenye", "Ren, Yi"),
+    year=2022, arxiv="2207.06389", venue="ACM Multimedia",
+)  # fmt: skip
 
 
 class ProDiffModule(LightningModule):
@@ -99,14 +109,7 @@ class ProDiffModule(LightningModule):
         mel = student.sample({"label": torch.arange(10), "speaker": torch.zeros(10, dtype=torch.long)}, frames=32)
     """
 
-    paper: ClassVar[Paper] = Paper(
-        slug="prodiff",
-        title="ProDiff: Progressive Fast Diffusion Model For High-Quality Text-to-Speech",
-        authors=("Huang, Rongjie", "Zhao, Zhou", "Liu, Huadai", "Liu, Jinglin", "Cui, Chenye", "Ren, Yi"),
-        year=2022,
-        arxiv="2207.06389",
-        venue="ACM Multimedia",
-    )
+    paper: ClassVar[Paper] = PAPER
 
     def __init__(
         self,
@@ -230,24 +233,19 @@ class ProDiffModule(LightningModule):
     def _loss(self, batch: Any, draws: Draws) -> tuple[Tensor, dict[str, Any]]:
         x0, mask, condition, extra = read(self.encoder, batch, self.stage == "teacher")
         noise, uniform = draws.noise(x0.shape), draws.uniform(len(x0))
-        if self.stage == "teacher":
-            t = (uniform * (self.steps + 1)).long()
-            target, label = x0, t
-            x = masked(noised(x0, noise, t, self.alphas_cumprod), mask)
-        else:
-            t = self.scale * (1 + (uniform * self.calls).long())
-            x = masked(noised(x0, noise, t, self.alphas_cumprod), mask)
-            teacher = masked_call(self.teacher.on(x), condition, mask)
-            target = two_into_one(teacher, x, t, self.scale, self.alphas_cumprod, self._shift_of_teacher).x0
-            label = t - self.scale
-        prediction = masked_call(self.model, condition, mask)(x, label)
-        error = absolute_error(prediction, target, mask, self.reduction)
-        told: dict[str, Any] = {name: value.detach() for name, value in {"l1": error, **extra}.items()}
-        told["calls"] = float(self.calls)
+        told = {"calls": float(self.calls), **{name: value.detach() for name, value in extra.items()}}
+        student = masked_call(self.model, condition, mask)
         if self.stage == "distill":
-            return error, told
+            now = Round(self.scale, self._shift_of_teacher, self.alphas_cumprod)
+            teacher = masked_call(self.teacher.on(x0), condition, mask)
+            error = distillation_loss(student, teacher, x0, noise, uniform, now, mask, self.reduction)
+            return error, {"l1": error.detach(), **told}
+        t = (uniform * (self.steps + 1)).long()
+        prediction = student(masked(noised(x0, noise, t, self.alphas_cumprod), mask), t)
+        error = absolute_error(prediction, x0, mask, self.reduction)
+        told["l1"] = error.detach()
         if self.loss == "l1_ssim":
-            error = 0.5 * error + 0.5 * dissimilarity(prediction, target, mask, self.reduction)
+            error = 0.5 * error + 0.5 * dissimilarity(prediction, x0, mask, self.reduction)
         return error + sum(extra.values()), told
 
     @torch.no_grad()
