@@ -162,7 +162,7 @@ def _codes(x: Tensor, scale: Tensor, zero: Tensor, power: Tensor | None, bits: i
     top = 2**bits - 1
     if power is None:
         return ((x / scale).round() + zero).clamp(0, top)
-    share = (x.abs() / scale).clamp(_TINY, 1)
+    share = (x.abs() / scale).clamp(min=_TINY, max=1.0)
     return (torch.where(x == 0, 0.0, x.sign() * (top - zero) * share**power).round() + zero).clamp(min=0)
 
 

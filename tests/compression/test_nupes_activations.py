@@ -14,9 +14,10 @@ from effdl.compression._nupes_network import learn_network
 from effdl.compression.nupes import integer_dot, power_codes, power_decode, power_records
 from effdl.core.deploy import UnsupportedBackendError, deploy
 from effdl.core.errors import ConfigurationError
+from effdl.core.export import export_onnx, onnx_outputs, save_model
 from effdl.core.input_quantizers import QuantizedInput, taking
 from effdl.core.input_ranges import InputHistogram, input_histograms, layers_reading
-from effdl.core.quantized import quantized_inputs, quantized_weights
+from effdl.core.quantized import load_quantized, quantized_inputs, quantized_weights
 from tests.compression.small_network import Net, data, gaussian, operands, trainer
 from tests.support import check_quantized_artifact
 
@@ -111,7 +112,14 @@ def test_the_finished_network_computes_with_quantised_inputs_and_reopens(tmp_pat
         assert set(powers.values()) == wanted
         with pytest.raises(UnsupportedBackendError, match="power exponent"):
             deploy(module.model, "torch-int8")
-    check_quantized_artifact(module.model, lambda: Net().model, (IMAGES,), tmp_path)
+    if exponent == 0.5:
+        (onnx,) = onnx_outputs(export_onnx(module.model.cpu().eval(), (IMAGES,), tmp_path / "model.onnx"), (IMAGES,))
+        torch.testing.assert_close(onnx, module.model(IMAGES), rtol=0, atol=1e-4)
+    if exponent == "layer":  # opens a process of its own
+        check_quantized_artifact(module.model, lambda: Net().model, (IMAGES,), tmp_path)
+    save_model(module, tmp_path / "saved")
+    again = load_quantized(Net().model, tmp_path / "saved").eval()
+    assert torch.equal(again(IMAGES), module.model.cpu().eval()(IMAGES))
     told = callback.report()
     rows = told["inputs"]
     assert rows.keys() == {f"model.{name}" for name in inputs}

@@ -110,14 +110,18 @@ def test_half_precision_rows_of_zeros_and_tied_weights():
     assert torch.equal(model.head.weight, model.embed.weight)
 
 
-def test_processes_take_what_the_first_one_learned(tmp_path):
+def test_processes_take_what_the_first_one_learned_and_pool_their_inputs(tmp_path):
     torch.multiprocessing.spawn(nupes_ranks.run, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    first, second = (each["learned"] for each in saved)
     alone, other = nupes_ranks.learned(0), nupes_ranks.learned(1)
     same = lambda a, b: all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name]))  # noqa: E731
     assert same(first, second)
     assert same(first, alone)
     assert not same(alone, other)
+    pooled = nupes_ranks.ranges([0, 1])
+    assert all(same(each["ranges"], pooled) for each in saved)
+    assert not same(nupes_ranks.ranges([0]), pooled)
 
 
 @pytest.mark.parametrize("kind", ["conv1d of transformers", "transposed", "shared layer", "tokens"])
