@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from effdl.attribution._figures import caption, overlay_figure, png, send_picture
+from effdl.attribution._figures import caption, overlay_figure, pixels, png
 from effdl.attribution._layers import resize, resolve_reshape
 from effdl.attribution.smooth_gradcampp import Explanation, SmoothGradCAMpp, check_settings
 from effdl.callbacks._base import MethodCallback
@@ -18,6 +18,7 @@ from effdl.core.batch import unpack
 from effdl.core.contract import ContractExample
 from effdl.core.errors import ConfigurationError, check, check_integer, suggest
 from effdl.core.paper import Paper
+from effdl.core.pictures import send_picture
 from effdl.core.random import generator
 from effdl.core.report import write_report
 from effdl.core.schedules import Point, check_point, resolve_point
@@ -209,7 +210,7 @@ class SmoothGradCAMCallback(MethodCallback):
             alone = sum(getattr(other, "slug", None) == self.slug for other in trainer.callbacks) == 1
             name = self.slug if alone else self.state_key
             path, picture = Path(folder) / "figures" / f"{name}-step={self.step}.png", png(self.figure())
-            send_picture(trainer.loggers, f"{name}/overlay", picture, trainer.global_step)
+            send_picture(trainer.loggers, f"{name}/overlay", pixels(picture), trainer.global_step)
             write_report(path.with_suffix(".json"), self.report())
             path.write_bytes(picture)
 

@@ -116,17 +116,8 @@ def png(figure: Figure, dpi: int = 120) -> bytes:
     return file.getvalue()
 
 
-def rgb_array(picture: bytes) -> np.ndarray:
-    """A PNG as uint8 (H, W, 3), for loggers that take arrays."""
+def pixels(picture: bytes) -> Tensor:
+    """A PNG as uint8 (3, H, W), for loggers."""
     from matplotlib.image import imread
 
-    return (255 * imread(io.BytesIO(picture))[..., :3]).round().astype(np.uint8)
-
-
-def send_picture(loggers: Sequence[Any], key: str, picture: bytes, step: int) -> None:
-    """To the loggers that take pictures: those with ``log_image`` (W&B), or an experiment with ``add_image``."""
-    for logger in loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key, [rgb_array(picture)], step=step)
-        elif hasattr(getattr(logger, "experiment", None), "add_image"):
-            logger.experiment.add_image(key, rgb_array(picture), step, dataformats="HWC")
+    return torch.from_numpy((255 * imread(io.BytesIO(picture))[..., :3]).round().astype(np.uint8)).permute(2, 0, 1)

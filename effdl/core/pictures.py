@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,26 @@ def save_picture(picture: Tensor, path: Path) -> Path:
     return path
 
 
-def log_picture(trainer: Any, key: str, picture: Tensor) -> None:
-    """One picture, under ``key``, to each of the run's loggers.
+def send_picture(loggers: Sequence[Any], key: str, picture: Tensor, step: int) -> list[Any]:
+    """One picture uint8 (3, H, W) to the loggers that take it: those with ``log_image`` (W&B), or an experiment that
+    has ``add_image`` (TensorBoard).
 
-    Those with ``log_image`` (W&B) or an experiment that has ``add_image`` (TensorBoard) take it; for the others it is
+    Returns:
+        The loggers that do not.
+    """
+    others = []
+    for logger in loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key, [picture.permute(1, 2, 0).numpy()], step=step)
+        elif hasattr(getattr(logger, "experiment", None), "add_image"):
+            logger.experiment.add_image(key, picture, step)
+        else:
+            others.append(logger)
+    return others
+
+
+def log_picture(trainer: Any, key: str, picture: Tensor) -> None:
+    """One picture, under ``key``, to each of the run's loggers (:func:`send_picture`); for those that take none it is
     written as ``KEY/STEP.png`` in their folder.
 
     Args:
@@ -43,11 +60,6 @@ def log_picture(trainer: Any, key: str, picture: Tensor) -> None:
     """
     if not trainer.is_global_zero:
         return
-    step, loggers = trainer.global_step, trainer.loggers
-    for logger in loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key, [picture.permute(1, 2, 0).numpy()], step=step)
-        elif hasattr(getattr(logger, "experiment", None), "add_image"):
-            logger.experiment.add_image(key, picture, step)
-        elif logger.log_dir is not None:
-            save_picture(picture, Path(logger.log_dir) / key / f"{step:08d}.png")
+    for logger in send_picture(trainer.loggers, key, picture, trainer.global_step):
+        if logger.log_dir is not None:
+            save_picture(picture, Path(logger.log_dir) / key / f"{trainer.global_step:08d}.png")

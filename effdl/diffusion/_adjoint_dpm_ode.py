@@ -134,9 +134,7 @@ class _Adjoint(torch.autograd.Function):
     def forward(ctx: Any, problem: _Problem, y: Tensor, *tensors: Tensor) -> Tensor:
         inputs = [tensor.detach() for tensor in tensors[: problem.inputs]]
         with problem.precision():
-            states = odeint(
-                lambda s, y: problem.slope(s, y, *inputs), y.detach(), problem.grid.to(y.device), problem.method
-            )
+            states = odeint(lambda s, y: problem.slope(s, y, *inputs), y.detach(), problem.grid, problem.method)
         keep = max(1, (len(problem.grid) - 1) // (len(problem.back) - 1))
         states = (states[::keep] if problem.stored else states[-1:]).clone()
         ctx.problem = problem

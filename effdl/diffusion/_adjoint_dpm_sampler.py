@@ -189,8 +189,8 @@ class AdjointSampler(nn.Module):
     def backprop(self, x_T: Tensor, condition: Condition = None, null: Condition = None) -> Tensor:
         """The same samples with the activations of every step kept, for ordinary backpropagation."""
         tensors, rebuild = self._conditions(condition, null)
-        slope, grid = self._slope(rebuild), self.grid.to(x_T.device)
-        y = odeint(lambda s, y: slope(s, y, *tensors), wide(x_T), grid, self.solver)[-1]
+        slope = self._slope(rebuild)
+        y = odeint(lambda s, y: slope(s, y, *tensors), wide(x_T), self.grid, self.solver)[-1]
         return self._finish(y, *rebuild(tensors))
 
     def noise_at(self, x: Tensor, t: Tensor, condition: Condition = None, null: Condition = None) -> Tensor:

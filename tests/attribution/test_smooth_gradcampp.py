@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from effdl.attribution._figures import caption, displayable, overlay_figure, png, rgb_array
+from effdl.attribution._figures import caption, displayable, overlay_figure, pixels, png
 from effdl.attribution.smooth_gradcampp import (
     SmoothGradCAMpp,
     channel_weights,
@@ -616,9 +616,9 @@ class Takes(Logger):
     def _log_image(self, key, images, step=None):
         self.images.append((key, images[0].shape, images[0].dtype, step))
 
-    def _add_image(self, tag, image, global_step, dataformats):
-        assert dataformats == "HWC"
-        self._log_image(tag, [image], global_step)
+    def _add_image(self, tag, image, global_step, dataformats="CHW"):
+        assert dataformats == "CHW"
+        self._log_image(tag, [image.permute(1, 2, 0).numpy()], global_step)
 
     def log_metrics(self, metrics, step=None):
         pass
@@ -778,8 +778,8 @@ def test_overlay_figures_draw_what_they_are_given():
     figure = overlay_figure(x, {"layer": torch.rand(10, 9, 7)}, ["caption"] * 10, wrong=[True])
     assert len(figure.axes) == 2 * 2 * 8 + 1
     assert figure.axes[0].title.get_color() == "firebrick"
-    picture = rgb_array(png(figure, dpi=50))
-    assert picture.dtype.name == "uint8"
-    assert picture.std() > 20
+    picture = pixels(png(figure, dpi=50))
+    assert picture.dtype == torch.uint8
+    assert picture.float().std() > 20
     assert displayable(torch.full((3, 4, 4), 2.0)).max() == 0  # constant, and no division by zero
     assert displayable(x[0]).shape == (9, 7, 3)
