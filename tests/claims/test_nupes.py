@@ -9,9 +9,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from lightning.pytorch import Trainer
 from torch import nn
 
+from effdl.callbacks import NUPESCallback
 from effdl.compression import _nupes_learning, _nupes_network
 from effdl.compression._nupes_learning import Learning, learn_layer
 from effdl.compression._nupes_network import learn_network
@@ -20,6 +21,7 @@ from effdl.core.export import save_model
 from effdl.core.quantized import load_quantized, quantize_
 from effdl.core.quantizers import symmetric
 from effdl.core.select import select_weights
+from tests.support import real_data, trained_on_digits
 
 pytestmark = pytest.mark.slow
 SEEDS = (0, 1, 2)
@@ -35,19 +37,9 @@ def network():
 
 
 def trained(seed, epochs=20):
-    digits = load_digits()
-    x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
     torch.manual_seed(seed)
-    g = torch.Generator().manual_seed(seed)
-    train, test = torch.randperm(len(x), generator=g).tensor_split([1297])
-    model = network()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(epochs):
-        for rows in train[torch.randperm(len(train), generator=g)[:1280]].view(20, 64):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    return model.eval(), list(x[train[:256]].split(64)), (x[test], y[test])
+    model, (x, _), test = trained_on_digits(network(), seed, epochs)
+    return model, list(x[:256].split(64)), test
 
 
 @torch.no_grad()
@@ -140,6 +132,45 @@ def test_must_07_and_08_digits_at_few_bits(tmp_path, monkeypatch):
     assert mean["3 bits, NUPES, codes learned"] >= mean["float"] - 1
     assert mean["4 bits, power, data-free"] >= mean["4 bits, uniform, nearest"] - 0.5
     assert min(jumps) > 0.5
+
+
+def test_activations_on_resnet20(tmp_path):
+    """CIFAR-10, the given network; ranges from 512 training images of three draws."""
+    real_data("cifar10_resnet20_jpeg.safetensors")
+    from benchmarks.cifar import Cifar, Classifier, resnet
+
+    images = Cifar()
+    held_out = list(zip(images.test[0].split(250), images.test[1].split(250)))
+    rows, began = {}, time.process_time()
+
+    def note(label, seed, **kwargs):
+        chosen = torch.randperm(len(images.train[0]), generator=torch.Generator().manual_seed(seed))[:512]
+        batches = [(images.train[0][part], images.train[1][part]) for part in chosen.split(128)]
+        module = Classifier(resnet())
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        callback = NUPESCallback(calibration_batches=4, **kwargs)
+        Trainer(accelerator="cpu", callbacks=[callback], **quiet).validate(module, loader, verbose=False)
+        save_model(module, tmp_path)
+        again = load_quantized(resnet(trained=False), tmp_path).eval()
+        with torch.no_grad():
+            right = sum(int((again(x).argmax(1) == y).sum()) for x, y in held_out)
+        rows.setdefault(label, []).append(100 * right / len(images.test[0]))
+
+    for bits in (8, 4):
+        note(f"W{bits}, power", 0, bits=bits)
+    for seed in SEEDS:
+        note("W8A8, uniform", seed, bits=(8, 8), exponent=1)
+        note("W8A8, power", seed, bits=(8, 8))
+        note("W4A4, uniform", seed, bits=(4, 4), exponent=1)
+        note("W4A4, power", seed, bits=(4, 4))
+        note("W4A4, power, 99.9 %", seed, bits=(4, 4), activation_percentile=99.9)
+    rows = {label: values * 3 if len(values) == 1 else values for label, values in rows.items()}
+    table(rows)
+    print(f"{time.process_time() - began:.0f} s of CPU time")
+    mean = {label: statistics.mean(values) for label, values in rows.items()}
+    assert mean["W8A8, power"] >= mean["W8, power"] - 0.5
+    assert mean["W4A4, power"] > mean["W4A4, uniform"]
 
 
 def test_seconds_grow_linearly_with_the_weights():
