@@ -71,10 +71,9 @@ class DiffusionFeaturesModule(LightningModule):
         num_classes: with ``effdl run`` linked to the data module's.
         head_kwargs: ``hidden`` (MLP widths), ``width`` (CNN), ``dim``, ``heads``, ``depth``, ``mlp_ratio``, ``norm``
             (attention: 1024, 8, 2, 4, "layer").
-        feedback: DifFeed (2311.17921): decoder blocks, numbers or layer names, whose features go through 1x1
-            convolution, batch norm and ReLU to the encoder blocks that mirror them; ``block`` is read in a second pass.
-            The paper: [21, 24, 27, 30, 33, 36] of 37, attention head, timestep 150. The network stays frozen; the
-            norms' statistics are each process's own unless the Trainer has ``sync_batchnorm=True``.
+        feedback: DifFeed (2311.17921): decoder blocks, by number or name, that feed the encoder blocks mirroring them
+            (1x1 convolution, batch norm, ReLU) before ``block`` is read in a second pass; the network stays frozen.
+            The paper: [21, 24, 27, 30, 33, 36] of 37, attention, timestep 150. ``sync_batchnorm=True`` joins processes.
         fine_tune: also train the network's blocks up to b (those after it stay frozen); the paper's rate: 1e-3.
         null_class: for a class-conditional network, the class that was trained to mean "none".
         draws: at test, average the logits of so many noises.
