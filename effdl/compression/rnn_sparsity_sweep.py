@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,19 +79,24 @@ class GraphSweep:
                 seed, n = int(rng.integers(2**31)), int(rng.integers(self.nodes[0], self.nodes[1] + 1))
                 yield kind, seed, random_graph(kind, n, seed, tries=10_000)
 
-    def run(self, data: Any, on_row: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
+    def run(
+        self, data: Any, on_row: Callable[[dict[str, Any]], None] | None = None, skip: Collection[int] = ()
+    ) -> list[dict[str, Any]]:
         """Train and test every graph on a data module with batches of strings.
 
         Args:
             data: such as ``ReberData(batch_size=128)``; its test split is what accuracy is of.
             on_row: called with each row as soon as it is there.
+            skip: seeds of graphs that were trained already, in a sweep that goes on.
 
         Returns:
-            One row per graph: kind, mode, seed, the properties, loss on the test split before and after training,
+            One row per graph trained: kind, mode, seed, the properties, loss on the test split before and after,
             accuracy in [0, 1], seconds.
         """
         rows = []
         for kind, seed, graph in self.draw():
+            if seed in skip:
+                continue
             began = time.perf_counter()
             outcome = self._train(graph, seed, data)
             row = {"kind": kind, "mode": self.mode, "seed": seed, **graph_properties(graph), **outcome}

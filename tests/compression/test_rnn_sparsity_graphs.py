@@ -220,7 +220,8 @@ def test_must_08_and_09_small_sweep_fills_the_table(tmp_path):
     data = ReberData(train=500, val=0, test=100, batch_size=64)
     seen = []
     quiet = {"accelerator": "cpu"}
-    rows = GraphSweep(graphs=1, nodes=(12, 12), epochs=1, lr=5e-3, trainer=quiet).run(data, on_row=seen.append)
+    sweep = GraphSweep(graphs=1, nodes=(12, 12), epochs=1, lr=5e-3, trainer=quiet)
+    rows = sweep.run(data, on_row=seen.append)
     assert [row["kind"] for row in rows] == ["ws", "ba"]
     assert rows == seen
     assert set(rows[0]) == set(rows[1]) == {*OUTCOMES, *graph_properties(EXAMPLE)}
@@ -234,6 +235,8 @@ def test_must_08_and_09_small_sweep_fills_the_table(tmp_path):
             assert np.isnan(value), name
     with write_table(rows, tmp_path / "graphs.csv").open() as file:
         assert [row["kind"] for row in csv.DictReader(file)] == ["ws", "ba"]
+    (again,) = sweep.run(data, skip={rows[0]["seed"]})  # a sweep that goes on trains the same graph in the same way
+    assert {**again, "seconds": 0} == {**rows[1], "seconds": 0}
 
 
 def test_correlations_are_numpys_and_regressors_find_a_rule():
