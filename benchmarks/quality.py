@@ -184,13 +184,13 @@ def lines(found: list[dict[str, Any]], metric: str = "fid") -> list[list[str]]:
 
 
 def pictures(folder: Path, found: list[dict[str, Any]]) -> list[Path]:
-    """``quality.png``: the curves; ``quality_samples.png``: one row of digits per way and number of calls."""
+    """``quality.png``: the curves; ``quality_samples.png``: the same noises, by way and number of calls."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9.5, 5), layout="constrained")
     for name in SAMPLERS:
         points = [(calls, [run["rows"][f"{name} @ {calls}"]["fid"] for run in found])
                   for calls in CALLS if f"{name} @ {calls}" in found[0]["rows"]]  # fmt: skip
@@ -199,16 +199,26 @@ def pictures(folder: Path, found: list[dict[str, Any]]) -> list[Path]:
         axis.errorbar([calls for calls, _ in points], means, spread, marker="o", capsize=2, label=name)
     axis.set(xscale="log", yscale="log", xlabel="network calls per image", ylabel="Fréchet distance (lower is better)")
     axis.set_xticks(CALLS, map(str, CALLS))
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(folder / "quality.png", dpi=120)
     plt.close(figure)
     return [folder / "quality.png", _samples(folder)]
 
 
 def _samples(folder: Path) -> Path:
-    from effdl.core.pictures import image_grid, save_picture
+    from matplotlib import pyplot as plt
 
-    names = [(f"{name} @ {calls}", folder / f"{name.replace('/', '_')} @ {calls}.pt")
-             for name in SAMPLERS for calls in (1, 4, 25)]  # fmt: skip
-    rows = [torch.load(path, weights_only=True) for _, path in names if path.is_file()]
-    return save_picture(image_grid(torch.cat(rows), 10), folder / "quality_samples.png")
+    figure, axes = plt.subplots(len(SAMPLERS), len(CALLS), figsize=(13, 6), layout="constrained")
+    for name, row in zip(SAMPLERS, axes):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        for calls, cell in zip(CALLS, row):
+            path = folder / f"{name.replace('/', '_')} @ {calls}.pt"
+            cell.set(xticks=[], yticks=[], frame_on=False)
+            if path.is_file():
+                images = torch.load(path, weights_only=True)[:6, 0]
+                cell.imshow(torch.cat(list(images), 1), cmap="gray", vmin=-1, vmax=1)
+    for calls, cell in zip(CALLS, axes[0]):
+        cell.set_title(f"{calls} call{'s' * (calls > 1)}", fontsize=9)
+    figure.savefig(folder / "quality_samples.png", dpi=110)
+    plt.close(figure)
+    return folder / "quality_samples.png"
