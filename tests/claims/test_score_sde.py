@@ -154,8 +154,8 @@ def trained(train: Tensor, test: Tensor, seed: int, weighting: bool, folder: Pat
 
 def test_must_09_bits_per_dimension_of_small_digits(tmp_path):
     train, test = digits()
-    plain = [trained(train, test, seed, False, tmp_path) for seed in (0, 1)]
-    weighted = [trained(train, test, 0, True, tmp_path)]
+    plain = [trained(train, test, seed, False, tmp_path) for seed in range(3)]
+    weighted = [trained(train, test, seed, True, tmp_path) for seed in range(3)]
     summary("bits per dimension (uniform law: 4)", {key: [run[key] for run in plain] for key in plain[0]})
     summary("likelihood weighting, uniform t", {key: [run[key] for run in weighted] for key in weighted[0]})
     for run in plain:
