@@ -75,9 +75,7 @@ def source_folder(package: str) -> Path | None:
 @cache
 def families() -> dict[str, Path]:
     """Family name to folder."""
-    root = source_folder("effdl")
-    assert root is not None
-    folders = sorted(path for path in root.iterdir() if (path / "__init__.py").is_file())
+    folders = sorted(path.parent for path in Path(__file__).parent.glob("*/__init__.py"))
     return {path.name: path for path in folders if path.name not in NOT_FAMILIES and not path.name.startswith("_")}
 
 
@@ -230,10 +228,16 @@ def _classes_of_recipe(slug: str) -> list[str]:
 
 
 def syntax(entry: Entry) -> ast.Module:
-    """The syntax tree of the file that defines the class."""
-    folder = source_folder(entry.module.rpartition(".")[0])
-    assert folder is not None
-    return _tree(folder / f"{entry.module.rpartition('.')[2]}.py")
+    """The syntax tree of the file that defines the class.
+
+    Raises:
+        ConfigurationError: its package has no folder of sources.
+    """
+    package, _, stem = entry.module.rpartition(".")
+    folder = source_folder(package)
+    if folder is None:
+        raise ConfigurationError(f"{package} has no source folder to read {entry.name} from: install effdl with pip.")
+    return _tree(folder / f"{stem}.py")
 
 
 def load(entry: Entry) -> type:

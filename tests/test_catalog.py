@@ -127,6 +127,14 @@ def test_create_of_a_mixin_without_concrete_class(monkeypatch, entries):
         catalog.create("my-slug")
 
 
+def test_syntax_of_a_class_without_sources_is_refused(entries):
+    import dataclasses
+
+    lost = dataclasses.replace(entries["FooCallback"], module="effdl.nowhere.my_slug")
+    with pytest.raises(ConfigurationError, match="effdl.nowhere has no source folder to read FooCallback"):
+        catalog.syntax(lost)
+
+
 def test_table_is_written_between_markers():
     start, end = catalog.MARKERS
     text = f"before\n{start}\nold\n{end}\nafter"
