@@ -88,4 +88,7 @@ def worker(rank: int, names: list[str], folder: str, port: int) -> None:
 
 if __name__ == "__main__":
     _, folder, port, *names = sys.argv
-    mp.spawn(worker, args=(names, folder, int(port)), nprocs=2, join=True)
+    for name in names:
+        _ = CASES[name].cls  # imported once, not twice
+    # nothing has been computed yet in this process, so a fork of it is as good as new
+    mp.start_processes(worker, (names, folder, int(port)), nprocs=2, start_method="fork")
