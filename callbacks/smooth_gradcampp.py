@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from effdl.attribution._double import check_double
 from effdl.attribution._figures import caption, overlay_figure, pixels, png
 from effdl.attribution._layers import resize, resolve_reshape
 from effdl.attribution.smooth_gradcampp import Explanation, SmoothGradCAMpp, check_settings
@@ -34,8 +35,8 @@ class SmoothGradCAMCallback(MethodCallback):
 
     The run is not disturbed: weights, ``.grad``, buffers, ``training`` flags and random streams end as in a run
     without it. Maps are made while the validated weights (an average, too) are in place, in the precision of the
-    parameters, outside autocast. Works in ``validate``, ``test`` and ``predict`` alike, with any strategy that keeps
-    whole parameters on each rank, with compiled modules, CNNs and (``reshape_transform``) ViT and Swin.
+    parameters (or ``double``), outside autocast. Works in ``validate``, ``test`` and ``predict`` alike, with any
+    strategy that keeps whole parameters on each rank, compiled modules, CNNs and (``reshape_transform``) ViT and Swin.
 
     Pictures go to the loggers that take images (W&B, TensorBoard) as ``smooth-gradcampp/overlay`` and, if there is any
     logger, to ``figures/smooth-gradcampp-step=N.png`` in ``trainer.log_dir``, with a JSON report beside them. A wrong
@@ -56,9 +57,12 @@ class SmoothGradCAMCallback(MethodCallback):
         internal_batch_size: the most images in one noisy forward.
         seed: of the noise.
         write: ``False``: no files, no loggers; :meth:`figure` and ``maps`` still hold the last analysis.
+        double: explain a float64 copy of the network, whatever the precision of the run; float64 maps. More memory and
+            time; for what, see :class:`~effdl.attribution.smooth_gradcampp.SmoothGradCAMpp`.
 
     Raises:
-        ConfigurationError: an argument outside its range; no layer matched, or one without a spatial map.
+        ConfigurationError: an argument outside its range; no layer matched, or one without a spatial map; ``double`` on
+            a device without float64.
 
     Example::
 
@@ -95,10 +99,11 @@ class SmoothGradCAMCallback(MethodCallback):
         internal_batch_size: int = 64,
         seed: int = 0,
         write: bool = True,
+        double: bool = False,
     ) -> None:
         check_targets("targets", targets)
         check_targets("exclude", exclude)
-        check_settings(n_samples, sigma, sigma_mode, internal_batch_size, seed)
+        check_settings(n_samples, sigma, sigma_mode, internal_batch_size, seed, double)
         if class_idx not in (None, "label"):
             check_integer("class_idx", class_idx, 0, fix="Or None for the predicted class, 'label' for the true one.")
         check_point("every", every, positive=True)
@@ -111,7 +116,7 @@ class SmoothGradCAMCallback(MethodCallback):
         self.n_samples, self.sigma, self.sigma_mode, self.class_idx = n_samples, sigma, sigma_mode, class_idx
         self.every, self.num_images = every, num_images
         self.reshape_transform, self.target_fn = reshape_transform, target_fn
-        self.internal_batch_size, self.seed, self.write = internal_batch_size, seed, write
+        self.internal_batch_size, self.seed, self.write, self.double = internal_batch_size, seed, write, double
         self.generator = generator(seed)
         self.interval: int | None = None
         self.step = 0  # of the last analysis
@@ -126,6 +131,8 @@ class SmoothGradCAMCallback(MethodCallback):
 
     def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._attributor = None
+        if self.double:
+            check_double(trainer.strategy.root_device)
         self.keep(when_built(pl_module, lambda: self._select(pl_module)))
 
     def _select(self, pl_module: Any) -> list[str]:
@@ -181,7 +188,7 @@ class SmoothGradCAMCallback(MethodCallback):
     def _explain(self, pl_module: Any, x: Tensor, labels: Tensor | None) -> Explanation:
         if self._attributor is None:
             names = ("targets", "exclude", "n_samples", "sigma", "sigma_mode", "reshape_transform", "target_fn")
-            names += ("internal_batch_size", "seed")
+            names += ("internal_batch_size", "seed", "double")
             self._attributor = SmoothGradCAMpp(self._model(pl_module), **{name: getattr(self, name) for name in names})
             self._attributor.generator = self.generator
         if self.class_idx == "label":
@@ -252,7 +259,7 @@ class SmoothGradCAMCallback(MethodCallback):
 
     def report(self) -> dict[str, Any]:
         """Settings and, for each explained image, class, score (logit), probability and label."""
-        settings = {key: getattr(self, key) for key in ("n_samples", "sigma", "sigma_mode", "seed", "step")}
+        settings = {key: getattr(self, key) for key in ("n_samples", "sigma", "sigma_mode", "seed", "double", "step")}
         return {**settings, "explained_layers": list(self.maps), "images": self.rows}
 
     def figures(self, folder: Path) -> list[Path]:
@@ -285,5 +292,6 @@ class SmoothGradCAMCallback(MethodCallback):
                 "internal_batch_size": 0,
                 "seed": -1,
                 "write": "yes",
+                "double": "yes",
             },
         )

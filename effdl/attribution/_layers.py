@@ -166,5 +166,6 @@ def pick_classes(output: Any, class_idx: int | Sequence[int] | Tensor | None) ->
 
 def beliefs(output: Any, classes: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax probability of the given classes, and the predicted classes: (B,) and (B,)."""
-    logits = class_logits(output).detach().float()
+    logits = class_logits(output).detach()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.softmax(1).gather(1, classes[:, None]).squeeze(1), logits.argmax(1)

@@ -9,16 +9,18 @@ The functions are the paper's equations, :class:`SmoothGradCAMpp` runs them on a
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effdl.attribution import _layers
+from effdl.attribution._double import double_copy
+from effdl.attribution._explanation import Explanation, LayerMap
 from effdl.attribution._layers import channels_last_to_map, tokens_to_map
 from effdl.core.capture import capture, uncompiled, undisturbed
 from effdl.core.errors import check, check_choice, check_integer, check_number
@@ -81,37 +83,6 @@ def normalize_map(raw: Tensor, eps: float = 1e-8) -> Tensor:
     return (positive - low.view(shape)) / (high - low + eps).view(shape)
 
 
-@dataclass(frozen=True)
-class LayerMap:
-    """What one layer says. Spatial sizes are the layer's own; float32, or float64 where the model is.
-
-    ``cam`` (B, h, w) in [0, 1]; ``raw`` = sum_k w_k A_k before the ReLU; ``weights`` (B, K); ``alpha``, ``first``,
-    ``second``, ``third`` (D1..D3) and ``activation`` (clean A) are (B, K, h, w).
-    With ``mode="maps"`` only ``cam`` and ``activation`` exist: there is no single set of weights.
-    """
-
-    cam: Tensor
-    activation: Tensor
-    raw: Tensor | None = None
-    weights: Tensor | None = None
-    alpha: Tensor | None = None
-    first: Tensor | None = None
-    second: Tensor | None = None
-    third: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """``layers`` {name: LayerMap}; of each clean sample (B,) the ``scores``, and without ``target_fn`` the explained
-    ``classes``, their softmax ``probabilities`` and the ``predicted`` classes."""
-
-    layers: dict[str, LayerMap]
-    scores: Tensor
-    classes: Tensor | None = None
-    probabilities: Tensor | None = None
-    predicted: Tensor | None = None
-
-
 class SmoothGradCAMpp:
     """Smooth Grad-CAM++ heat-maps of any ``nn.Module`` that classifies images (or sequences, or volumes).
 
@@ -135,11 +106,17 @@ class SmoothGradCAMpp:
             rearranges entries, such as ``functools.partial(tokens_to_map, grid=(14, 7))``.
         target_fn: model output -> (B,) scores, for segmentation or detection; replaces the class.
         internal_batch_size: the most images in one noisy forward (never fewer than the batch).
-        seed: of the noise; each call draws on.
+        seed: of the noise, the same in every precision; each call draws on.
+        double: explain a float64 copy of the model, made anew in each call; the model itself is not touched, all
+            results are float64. For exact weights: alpha has a pole where 2 D2 + (sum A) D3 nears 0, and beside it a
+            float32 backward is not enough (alpha = 41 is off by 2e-5 of itself). The copy takes twice the memory of
+            float32 parameters, four times that of half precision, and most GPUs are many times slower in float64.
+            Where the forward itself casts to float32, it stays as inexact as that, or fails.
 
     Raises:
         ConfigurationError: a bad argument, an unknown layer (close names are listed), a layer without a spatial map, a
-            class out of range, a score that does not depend on the layer.
+            class out of range, a score that does not depend on the layer; with ``double`` a device without
+            float64 or a model that cannot be deep-copied.
 
     Example::
 
@@ -168,15 +145,16 @@ class SmoothGradCAMpp:
         target_fn: Callable[[Any], Tensor] | None = None,
         internal_batch_size: int = 64,
         seed: int = 0,
+        double: bool = False,
     ) -> None:
-        check_settings(n_samples, sigma, sigma_mode, internal_batch_size, seed)
+        check_settings(n_samples, sigma, sigma_mode, internal_batch_size, seed, double)
         check_choice("mode", mode, ("derivatives", "maps"))
         check_choice("alpha_numerator", alpha_numerator, ("second", "first"))
         check_choice("denominator", denominator, ("map", "elementwise"))
         check(target_fn is None or callable(target_fn), "target_fn", target_fn, "a function of the model's output")
         self.model, self.n_samples, self.sigma, self.sigma_mode, self.mode = model, n_samples, sigma, sigma_mode, mode
         self.alpha_numerator, self.denominator = alpha_numerator, denominator
-        self.channels, self.neurons = channels, neurons
+        self.channels, self.neurons, self.double = channels, neurons, double
         self.reshape = _layers.resolve_reshape(reshape_transform)
         check_targets("targets", targets)
         check_targets("exclude", exclude)
@@ -202,6 +180,8 @@ class SmoothGradCAMpp:
         check(x.is_floating_point() and x.ndim >= 3, "x", tuple(x.shape), "a floating tensor (B, C, *spatial)")
         good = noise is None or (noise.ndim == x.ndim + 1 and noise.shape[1:] == x.shape and len(noise) > 0)
         check(good, "noise", getattr(noise, "shape", None), f"a tensor (n, *{tuple(x.shape)})")
+        if self.double:
+            return self._explain_in_double(x, class_idx, noise)
         with undisturbed(uncompiled(self.model)), preserved_rng(), torch.compiler.set_stance("force_eager"):
             x = x.detach().clone()
             if self.layers is None:
@@ -215,6 +195,14 @@ class SmoothGradCAMpp:
             del output, tensors  # and with them the clean graph
             sums = self._average(x.detach(), classes, noise, clean)
         return Explanation({name: self._finish(clean[name], sums[name]) for name in self.layers}, scores, *said)
+
+    def _explain_in_double(self, x: Tensor, class_idx: Any, noise: Tensor | None) -> Explanation:
+        twin = copy.copy(self)  # draws from the same generator
+        twin.model, twin.double = double_copy(self.model, x.device), False
+        with torch.autocast(x.device.type, enabled=False):
+            explanation = twin.explain(x.double(), class_idx, noise)
+        self.layers = twin.layers
+        return explanation
 
     def _run(self, x: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """The model's output and its layers' outputs; the graph starts at ``x``, since all parameters may be frozen."""
@@ -268,7 +256,7 @@ class SmoothGradCAMpp:
             if noise is not None:
                 e = noise[rows.start : rows.stop].to(x)
             else:
-                e = torch.stack([torch.randn(x.shape, generator=self.generator, dtype=scale.dtype) for _ in rows])
+                e = torch.stack([torch.randn(x.shape, generator=self.generator, dtype=torch.float32) for _ in rows])
                 e = (e.to(x.device) * scale).to(x.dtype)
             yield x + e
 
@@ -289,12 +277,15 @@ class SmoothGradCAMpp:
         return maps.to(torch.promote_types(maps.dtype, torch.float32))
 
 
-def check_settings(n_samples: int, sigma: float, sigma_mode: str, internal_batch_size: int, seed: int) -> None:
+def check_settings(
+    n_samples: int, sigma: float, sigma_mode: str, internal_batch_size: int, seed: int, double: bool
+) -> None:
     """The settings that the attributor and its callback share."""
     check_integer("n_samples", n_samples, 1)
     check_number("sigma", sigma, 0, math.inf, closed="[)", fix="0.15 is SmoothGrad's default.")
     check_choice("sigma_mode", sigma_mode, ("range", "absolute"))
     check_integer("internal_batch_size", internal_batch_size, 1)
     check_integer("seed", seed, 0)
+    check(isinstance(double, bool), "double", double, "True or False")
     if sigma == 0 and n_samples > 1:
         warnings.warn("sigma=0 makes all n_samples copies equal; n_samples=1 gives the same map.", stacklevel=3)
