@@ -153,8 +153,11 @@ def _reduced(error: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     return (error * weights).sum() / (weights.sum() if reduction == "mean" else error.numel())
 
 
-def check_times(steps: int, time_scale: int, rounds: int) -> None:
-    """Raise unless ``rounds`` halvings end at ``steps / time_scale`` network calls."""
+def checked_schedule(schedule: str, steps: int, time_scale: int, rounds: int, reduction: str, seed: int) -> Tensor:
+    """:func:`alphas_cumprod` of what every distillation is told; raises unless ``rounds`` halvings end at
+    ``steps / time_scale`` network calls, and ``reduction`` and ``seed`` are ones that there are."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_integer("seed", seed, 0)
     check_integer("steps", steps, 2)
     check_integer("rounds", rounds, 1)
     check_integer("time_scale", time_scale, 2)
@@ -162,6 +165,7 @@ def check_times(steps: int, time_scale: int, rounds: int) -> None:
     last = time_scale * 2 ** (rounds - 1)
     valid = f"a multiple of {last} = time_scale * 2^(rounds - 1)"
     check(steps % last == 0, "steps", steps, valid, f"{max(1, steps // last) * last} is near.")
+    return alphas_cumprod(schedule, steps)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from effdl.core.batch import unpack
 from effdl.core.capture import evaluating
 from effdl.core.contract import ContractExample
-from effdl.core.errors import check, check_choice, check_integer
+from effdl.core.errors import check, check_choice
 from effdl.core.paper import Paper
 from effdl.core.teacher import Frozen, freeze
 from effdl.diffusion._diffnet import ClassEncoder, DiffNet
@@ -29,11 +29,10 @@ from effdl.diffusion._prodiff_files import Decoder, masked_call, module_of, open
 from effdl.diffusion._prodiff_rounds import catch_up, length_of_a_round, restore, saved_state
 from effdl.diffusion._prodiff_steps import (
     LOSSES,
-    REDUCTIONS,
     Round,
     absolute_error,
     alphas_cumprod,
-    check_times,
+    checked_schedule,
     dissimilarity,
     distillation_loss,
     noised,
@@ -130,10 +129,7 @@ class ProDiffModule(LightningModule):
         super().__init__()
         check_choice("stage", stage, ("teacher", "distill"))
         check_choice("loss", loss, LOSSES)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_integer("seed", seed, 0)
-        check_times(steps, time_scale, rounds)
-        alpha_bar = alphas_cumprod(schedule, steps)
+        alpha_bar = checked_schedule(schedule, steps, time_scale, rounds, reduction, seed)
         if stage == "distill":
             self._take(denoiser, encoder, teacher, alpha_bar)
         else:

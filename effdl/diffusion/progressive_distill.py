@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effdl.core.batch import unpack
 from effdl.core.capture import evaluating
 from effdl.core.contract import ContractExample
-from effdl.core.errors import ConfigurationError, check, check_choice, check_integer
+from effdl.core.errors import ConfigurationError, check
 from effdl.core.export import product
 from effdl.core.paper import Paper
 from effdl.core.steps import require_automatic_optimization
@@ -22,10 +22,8 @@ from effdl.diffusion._prodiff_batch import read
 from effdl.diffusion._prodiff_files import masked_call
 from effdl.diffusion._prodiff_rounds import catch_up, length_of_a_round, restore, saved_state
 from effdl.diffusion._prodiff_steps import (
-    REDUCTIONS,
     Round,
-    alphas_cumprod,
-    check_times,
+    checked_schedule,
     distillation_loss,
     sample,
 )
@@ -108,10 +106,7 @@ class ProgressiveDistillMixin:
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_integer("seed", seed, 0)
-        check_times(steps, time_scale, rounds)
-        alpha_bar = alphas_cumprod(schedule, steps)
+        alpha_bar = checked_schedule(schedule, steps, time_scale, rounds, reduction, seed)
         valid = "a network that says clean data, or a module with one as model"
         check(isinstance(teacher, nn.Module), "teacher", type(teacher).__name__, valid)
         super().__init__(*args, **kwargs)
