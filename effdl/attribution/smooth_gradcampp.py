@@ -109,9 +109,9 @@ class SmoothGradCAMpp:
         seed: of the noise, the same in every precision; each call draws on.
         double: explain a float64 copy of the model, made anew in each call; the model itself is not touched, all
             results are float64. For exact weights: alpha has a pole where 2 D2 + (sum A) D3 nears 0, and beside it a
-            float32 backward is not enough (alpha = 41 is off by 2e-5 of itself). The copy takes twice the memory of
-            float32 parameters, four times that of half precision, and most GPUs are many times slower in float64.
-            Where the forward itself casts to float32, it stays as inexact as that, or fails.
+            float32 backward is not enough (alpha = 41 is off by 2e-5 of itself); maps hardly change. The copy takes
+            twice the memory of float32 parameters, four times that of half precision; 4 to 7 times the time on a CPU,
+            on most GPUs more. Where the forward itself casts to float32, it stays as inexact as that, or fails.
 
     Raises:
         ConfigurationError: a bad argument, an unknown layer (close names are listed), a layer without a spatial map, a
