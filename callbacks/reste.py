@@ -9,9 +9,18 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from effdl.callbacks._quantized_network import install, thaw
+from effdl.callbacks._quantized_network import install, network_prefix, thaw
 from effdl.callbacks._quantized_training import QuantizedTrainingCallback
-from effdl.compression._reste_bits import relus_before, signs_record
+from effdl.compression._reste_bits import signs_record
+from effdl.compression._reste_relu import (
+    advice,
+    check_reordering,
+    keep_relu_first,
+    relu_first_norms,
+    relus_before,
+    reorder_relus,
+    restore_relus,
+)
 from effdl.compression.reste import (
     BINARY,
     Binary,
@@ -52,8 +61,9 @@ class ReSTECallback(QuantizedTrainingCallback):
     images a step of ResNet-18 takes 1.6 times as long.
 
     It fails where a ReLU feeds a binary layer: all signs are +1 then, and a warning names the place; put the BatchNorm
-    behind the ReLU (conv, ReLU, BatchNorm, as in the paper's code). Grouped convolutions lose most. The paper trains
-    with SGD 0.1, momentum 0.9, weight decay 1e-4 for hundreds of epochs.
+    behind the ReLU (conv, ReLU, BatchNorm, as in the paper's code), which ``reorder_relu=True`` does for ResNets of
+    timm and torchvision and in an ``nn.Sequential``. Grouped convolutions lose most. The paper trains with SGD 0.1,
+    momentum 0.9, weight decay 1e-4 for hundreds of epochs.
 
     Args:
         o_end: >= 1, never quite reached.
@@ -65,12 +75,16 @@ class ReSTECallback(QuantizedTrainingCallback):
         t, m: the gradient ends at t > m, and is constant below m > 0.
         zero_sign: sign(0) is +1 (``"plus"``), or 0 as in the official code (``"zero"``).
         pad_value: of binary convolutions' borders: 0 (the code), -1 or 1.
+        reorder_relu: where a ReLU feeds a binary layer, move it before the BatchNorm in front of it, that of the branch
+            where it follows a residual sum; between two layers without a BatchNorm it goes. Names and parameters stay,
+            the function does not: train from scratch, and rebuild with ``binarize(model, reorder_relu=True)``.
         targets, exclude: layers by name glob or type; default every Linear, Conv1d and Conv2d but for the first, the
             last, and those in a part called "downsample" or "shortcut".
 
     Raises:
         ConfigurationError: an argument outside its range; nothing matched; a layer of another class; NaN or infinite
-            weights; a run of unknown length without ``total_epochs``; a callback that holds weights at zero.
+            weights; a run of unknown length without ``total_epochs``; a callback that holds weights at zero; with
+            ``reorder_relu`` a ReLU in a layout that is not known.
 
     Logs ``reste/o`` per epoch, and ``reste/estimating_error``, ``reste/gradient_stability`` and ``reste/dead_fraction``
     (of latent weights beyond t) whenever the Trainer logs.
@@ -106,12 +120,15 @@ class ReSTECallback(QuantizedTrainingCallback):
         m: float = 0.1,
         zero_sign: ZeroSign = "plus",
         pad_value: float = 0,
+        reorder_relu: bool = False,
         targets: Targets = None,
         exclude: Targets = None,
     ) -> None:
         check_numbers(o_end, schedule, total_epochs)
         check(isinstance(activations, bool), "activations", activations, "True or False")
         check_settings(scale, detach_scale, t, m, zero_sign, pad_value)
+        check_reordering(reorder_relu, activations)
+        self.reorder_relu = reorder_relu
         self.o_end, self.schedule, self.total_epochs = o_end, schedule, total_epochs
         self.activations, self.scale, self.detach_scale = activations, scale, detach_scale
         self.t, self.m, self.zero_sign, self.pad_value = t, m, zero_sign, pad_value
@@ -136,13 +153,14 @@ class ReSTECallback(QuantizedTrainingCallback):
         return [Weight(f"{name}.weight", layer, "weight") for name, layer in layers.items()]
 
     def _before_attaching(self, trainer: Any, pl_module: Any, chosen: list[Weight]) -> None:
-        names = [weight.name.removesuffix(".weight") for weight in chosen]
-        if self.activations:
-            for relu, layer in relus_before(product(pl_module), _inside(pl_module, names)):
-                rank_zero_warn(
-                    f"{layer} takes the output of the ReLU {relu}: all its signs are +1, and the layer is dead. Put a "
-                    "BatchNorm between them (convolution, ReLU, BatchNorm), or use another activation."
-                )
+        network, names = product(pl_module), _inside(pl_module, [weight.name for weight in chosen])
+        if self.reorder_relu:
+            moved = reorder_relus(network, names)
+            self._changes.append(Handle(lambda: restore_relus(network, moved)))
+        elif self.activations:
+            for relu, layer in relus_before(network, names):
+                rank_zero_warn(f"{advice(relu, layer)} reorder_relu=True moves the ReLU where it can.")
+        self._relu_first = relu_first_norms(network)
         for weight in chosen:
             if getattr(weight.module, "groups", 1) > 1:
                 rank_zero_warn(f"{weight.name}: grouped convolutions are known to lose most when binary.")
@@ -161,6 +179,8 @@ class ReSTECallback(QuantizedTrainingCallback):
         return signs_record(raw, self.scale)
 
     def _install(self, pl_module: Any, records: dict[str, QuantizedWeight]) -> None:
+        if self.reorder_relu:
+            reorder_relus(product(pl_module), _inside(pl_module, list(records)))
         for name in records:
             layer = pl_module.get_submodule(name.removesuffix(".weight"))
             if type(layer) in BINARY:
@@ -172,6 +192,14 @@ class ReSTECallback(QuantizedTrainingCallback):
         for layer in binary_layers(pl_module).values():
             make_plain(layer)
         return held
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        keep_relu_first(product(pl_module), self._relu_first)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit" and self.finished is not None:
+            keep_relu_first(product(pl_module), self._relu_first)
 
     # ---- the power -----------------------------------------------------------------------------------------------
 
@@ -214,6 +242,7 @@ class ReSTECallback(QuantizedTrainingCallback):
     def _begin(self) -> None:
         super()._begin()
         self.epochs, self.o = self.total_epochs, 1.0
+        self._relu_first: dict[str, type] = {}
 
     @classmethod
     def contract_example(cls) -> ContractExample:
@@ -238,6 +267,7 @@ class ReSTECallback(QuantizedTrainingCallback):
                 "m": [0, 2.0],
                 "zero_sign": "minus",
                 "pad_value": 0.5,
+                "reorder_relu": "yes",
                 "targets": ["no.such.layer", 3],
                 "exclude": "no.such.layer",
             },
@@ -245,8 +275,7 @@ class ReSTECallback(QuantizedTrainingCallback):
         )
 
 
-def _inside(pl_module: Any, names: list[str]) -> list[str]:
-    """Layer names as the network inside the LightningModule has them."""
-    network = product(pl_module)
-    prefix = next(f"{name}." if name else "" for name, module in pl_module.named_modules() if module is network)
-    return [name.removeprefix(prefix) for name in names]
+def _inside(pl_module: Any, weights: list[str]) -> list[str]:
+    """Of weights in the LightningModule, the names of their layers in its network."""
+    prefix = network_prefix(pl_module)
+    return [name.removeprefix(prefix).removesuffix(".weight") for name in weights]

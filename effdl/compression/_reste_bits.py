@@ -1,4 +1,4 @@
-"""reste, finished: a bit a weight, integers that run on it, and the ReLU that would make a network dead.
+"""reste, finished: a bit a weight, and integers that run on it.
 
 No stock operation of torch or ONNX counts bits: :func:`xnor_popcount_linear` is a reference. On a CPU, +-1 are exact in
 int8 matrix products: :func:`deploy_signs`.
@@ -7,13 +7,13 @@ int8 matrix products: :func:`deploy_signs`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effdl.compression._reste_relu import ReLUFirst
 from effdl.compression.reste import BinaryConv2d, BinaryLinear, Scale, binary_layers
 from effdl.core.errors import ConfigurationError
 from effdl.core.quantized import is_quantized, record_of
@@ -64,53 +64,18 @@ class Threshold(NamedTuple):
 def fold_thresholds(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Threshold:
     """sign(gamma (x - mu) / sigma + beta) = sign(gamma) sign(x - (mu - beta sigma / gamma)), per channel.
 
+    Where a ReLU comes first (``reorder_relu``), a threshold that none of its outputs reaches from below is -inf.
+
     Raises:
         ConfigurationError: a gamma of 0, whose channel has no threshold.
     """
     gamma, sigma = norm.weight.detach(), (norm.running_var + norm.eps).sqrt()
     if bool((gamma == 0).any()):
         raise ConfigurationError("a BatchNorm channel with weight 0 is constant: it has no threshold to fold.")
-    return Threshold(norm.running_mean - norm.bias.detach() * sigma / gamma, gamma.sign())
-
-
-# ---- the most common way to build a dead network ---------------------------------------------------------------------
-
-_KEEP_SIGN = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity, nn.Flatten)
-
-
-def relus_before(model: nn.Module, names: list[str]) -> Iterator[tuple[str, str]]:
-    """``(relu, layer)``: a named layer whose input is the output of a ReLU, all of whose signs are +1.
-
-    Pooling, dropout and flattening in between change nothing. Read from a symbolic trace; where the model cannot be
-    traced, from the order in ``nn.Sequential``.
-    """
-    try:
-        graph = torch.fx.Tracer().trace(model)
-    except Exception:  # a forward of the user's that no tracer follows may raise anything; it is not run here
-        yield from _in_sequentials(model, set(names))
-        return
-    modules = dict(model.named_modules())
-    relus = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
-    for node in graph.nodes:
-        if node.op != "call_module" or node.target not in names:
-            continue
-        source = node.args[0] if node.args else None
-        while isinstance(source, torch.fx.Node) and isinstance(modules.get(str(source.target)), _KEEP_SIGN):
-            source = source.args[0] if source.op == "call_module" else None
-        if isinstance(source, torch.fx.Node) and source.op.startswith("call_"):
-            module = modules.get(str(source.target)) if source.op == "call_module" else None
-            if isinstance(module, nn.ReLU) or source.target in relus:
-                yield source.name if module is None else str(source.target), node.target
-
-
-def _in_sequentials(model: nn.Module, names: set[str]) -> Iterator[tuple[str, str]]:
-    for name, part in model.named_modules():
-        if isinstance(part, nn.Sequential):
-            children = [(f"{name}.{key}" if name else key, child) for key, child in part.named_children()]
-            children = [(key, child) for key, child in children if not isinstance(child, _KEEP_SIGN)]
-            for (before, relu), (after, _) in zip(children, children[1:]):
-                if isinstance(relu, nn.ReLU) and after in names:
-                    yield before, after
+    value, rising = norm.running_mean - norm.bias.detach() * sigma / gamma, gamma.sign()
+    if isinstance(norm, ReLUFirst):
+        value = torch.where((value > 0) | ((value == 0) & (rising < 0)), value, -torch.inf)
+    return Threshold(value, rising)
 
 
 # ---- integers --------------------------------------------------------------------------------------------------------

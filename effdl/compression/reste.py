@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from effdl.compression._reste_relu import check_reordering, reorder_relus
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
 from effdl.core.quantized import is_quantized
 
@@ -254,6 +255,7 @@ def binarize(
     m: float = 0.1,
     zero_sign: ZeroSign = "plus",
     pad_value: float = 0.0,
+    reorder_relu: bool = False,
 ) -> nn.Module:
     """Make layers binary, in place; with this a checkpoint's or a file's weights compute what they did in training.
 
@@ -266,9 +268,10 @@ def binarize(
         t, m: of the gradient, 0 < m < t.
         zero_sign: sign(0) is +1 (``"plus"``: truly binary) or 0 (``"zero"``, the official code).
         pad_value: 0 as in the code (ternary at the border), -1 or 1 for XNOR hardware.
+        reorder_relu: first move ReLUs away that feed the layers (``_reste_relu.reorder_relus``), as training did.
 
     Raises:
-        ConfigurationError: a bad value, or a name that is no such layer.
+        ConfigurationError: a bad value, a name that is no such layer, or a ReLU that cannot be moved.
     """
     check_settings(scale, detach_scale, t, m, zero_sign, pad_value)
     modules = dict(model.named_modules())
@@ -276,7 +279,10 @@ def binarize(
     wrong = [name for name, layer in chosen.items() if type(layer) not in BINARY]
     if wrong or not chosen:
         raise ConfigurationError(f"names: {wrong or 'nothing'} is no Linear, Conv1d or Conv2d that can be binary.")
+    check_reordering(reorder_relu, activations)
     settings = Binary(activations, scale, detach_scale, t, m, zero_sign, float(pad_value))
+    if reorder_relu:
+        reorder_relus(model, list(chosen))
     for layer in chosen.values():
         make_binary(layer, settings)
     return model

@@ -12,10 +12,10 @@ from torch import nn
 from effdl.compression._reste_bits import (
     deploy_signs,
     fold_thresholds,
-    relus_before,
     signs_record,
     xnor_popcount_linear,
 )
+from effdl.compression._reste_relu import relus_before
 from effdl.compression.reste import (
     Binary,
     binarize,
