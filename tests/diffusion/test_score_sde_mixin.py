@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -89,6 +90,16 @@ def test_losses_samples_and_likelihoods_are_those_of_the_module(settings):
     assert torch.equal(theirs.encode(x, 1e-3), ours.encode(x, 1e-3))
     assert theirs.record() == ours.record()
     assert theirs.report() == ours.report()
+
+
+def test_mixin_and_module_take_the_same_arguments():
+    """Written twice, since a signature is read by people, editors and jsonargparse; the same types and defaults."""
+    own, house = (inspect.signature(cls).parameters for cls in (ScoreSDEMixin, ScoreSDEModule))
+    shared = own.keys() & house.keys()
+    assert own.keys() - shared == {"args", "network", "kwargs"}
+    assert house.keys() - shared == {"model", "warmup", "optimizer", "scheduler"}
+    for name in shared - {"sde"}:  # the module's may be None: as the folder records
+        assert (own[name].default, own[name].annotation) == (house[name].default, house[name].annotation), name
 
 
 def test_what_is_theirs_stays_theirs(tmp_path):
