@@ -14,6 +14,24 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+BARE = {**QUIET, "num_sanity_val_steps": 0, "enable_checkpointing": False}  # steps, and nothing beside them
+
+
+def quiet_trainer(*callbacks, **options):
+    """A Trainer on the CPU that prints nothing, and writes checkpoints where a callback says when."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    return Trainer(callbacks=list(callbacks), **{**QUIET, "enable_checkpointing": saves, **options})
+
+
+def quiet_fit(module, train, *callbacks, val=None, ckpt_path=None, **options):
+    """``fit`` by a :func:`quiet_trainer`, which is returned; ``ckpt_path`` is opened with ``weights_only``."""
+    trainer = quiet_trainer(*callbacks, **options)
+    trainer.fit(module, train, val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return trainer
 
 
 def golden(slug: str) -> dict:
@@ -59,6 +77,14 @@ def unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     finally:
         probe.cache_clear()
+
+
+def in_fresh_process(code: str, *arguments: str | Path, timeout: float = 300) -> str:
+    """What a new interpreter prints that runs ``code`` with these ``sys.argv[1:]``; it must end well."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def run_ranks(module: str, folder: Path, timeout: float = 300) -> None:
@@ -115,9 +141,7 @@ def check_quantized_artifact(model, make_fresh, inputs: tuple, folder: Path) -> 
         "assert 'effdl' not in sys.modules\n"
         "torch.testing.assert_close(got, case['expected'], rtol=0, atol=1e-5)\n"
     )
-    command = [sys.executable, "-c", code, str(folder / "model.pt2"), str(folder / "case.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_fresh_process(code, folder / "model.pt2", folder / "case.pt")
 
 
 def trained_on_digits(model, seed: int, epochs: int):

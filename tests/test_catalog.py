@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -14,7 +12,7 @@ import pytest
 from effdl import catalog
 from effdl.core.errors import ConfigurationError
 from effdl.core.paper import Paper
-from tests.support import ROOT
+from tests.support import ROOT, in_fresh_process
 
 FILE = '''
 """A method."""
@@ -152,8 +150,7 @@ def test_listing_imports_neither_torch_nor_lightning():
     code = (
         "import sys, effdl.catalog as c; c.entries(); c.class_paths(); print({'torch', 'lightning'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert in_fresh_process(code).strip() == "set()"
 
 
 def test_a_slug_means_the_class_that_its_recipe_runs():

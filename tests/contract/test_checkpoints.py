@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -12,6 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from effdl.callbacks import RNGStateCallback
 from tests.contract.cases import CASES, Case, assert_same, every, first, state_of
 from tests.contract.endings import RaiseAt, StopError, case_steps
+from tests.support import in_fresh_process
 
 
 def everything(trainer, module) -> dict:
@@ -74,6 +72,4 @@ def test_c05_checkpoints_open_in_a_process_without_effdl(tmp_path):
         "    assert state and all(isinstance(v, torch.Tensor) for v in state.values()), path\n"
         "    print(path.stem)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split()) == sorted(names)
+    assert sorted(in_fresh_process(program, tmp_path).split()) == sorted(names)

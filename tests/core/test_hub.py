@@ -5,8 +5,6 @@ from __future__ import annotations
 import http.server
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 
 from effdl.core import hub
 from effdl.core.errors import ConfigurationError
-from tests.support import unreachable_hub
+from tests.support import in_fresh_process, unreachable_hub
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +134,7 @@ def test_go_offline_reaches_modules_that_copied_the_flag_and_child_processes():
     assert huggingface_hub.is_offline_mode()
     assert datasets.config.HF_HUB_OFFLINE
     code = "import huggingface_hub as h; raise SystemExit(0 if h.is_offline_mode() else 1)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    in_fresh_process(code)
 
 
 def test_errors_that_are_not_the_hubs_pass_through(tmp_path):

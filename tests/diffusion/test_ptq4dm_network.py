@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -27,7 +25,7 @@ from effdl.diffusion.ptq4dm import (
 )
 from effdl.tasks.tiny import tiny_condition_unet, tiny_unet
 from tests.diffusion.ptq4dm_parts import SCHEDULERS, gaussian, small
-from tests.support import check_quantized_artifact
+from tests.support import check_quantized_artifact, in_fresh_process
 
 
 def test_must_05_layers_are_integer_and_the_edges_eight_bits():
@@ -105,9 +103,7 @@ def test_must_06_the_artifact_is_int8_and_reopens_in_a_fresh_process(quantised, 
         "with torch.no_grad():\n    got = unet(case['x'], case['t']).sample\n"
         "torch.testing.assert_close(got, case['want'], rtol=0, atol=1e-5)\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "codes"), str(tmp_path / "case.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_fresh_process(code, tmp_path / "codes", tmp_path / "case.pt")
     assert json.loads((tmp_path / "codes" / "config.json").read_text())["_class_name"] == "UNet2DModel"
 
 
