@@ -31,6 +31,8 @@ class ImageTensors(Dataset):
         clean_labels: the labels before noise was added; ``labels`` by default.
         augment: random crop (out of a border of an eighth) and horizontal flip, drawn from (seed, epoch, index).
         indexed: whether batches carry ``"index"``.
+        crops: how many crops of an image there are under ``augment``; number (epoch mod crops) is shown, drawn from
+            (seed, number, index), and batches carry ``"crop"``: int64 (B, 3), of :func:`cropped`. 0: always new ones.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class ImageTensors(Dataset):
         augment: bool = False,
         indexed: bool = True,
         seed: int = 0,
+        crops: int = 0,
     ) -> None:
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.crops = images, labels, crops
         self.clean_labels = labels if clean_labels is None else clean_labels
         self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
         self.augment, self.indexed, self.seed, self.epoch = augment, indexed, seed, 0
@@ -62,22 +65,39 @@ class ImageTensors(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         index = torch.as_tensor(indices)
         images = self.images[index]
-        if self.augment:
-            images = crop_and_flip(images, np.random.default_rng([self.seed, self.epoch, *map(int, indices)]))
+        crop = self._crop(list(map(int, indices)), images.shape[-2]) if self.augment else None
+        images = images if crop is None else cropped(images, crop)
         image = images.to(torch.float32).sub_(self.mean).div_(self.std)
         batch = {"image": image, "label": self.labels[index]}
-        return batch | {"index": index} if self.indexed else batch
+        batch |= {"index": index} if self.indexed else {}
+        return batch | {"crop": crop} if self.augment and self.crops else batch
+
+    def _crop(self, indices: list[int], height: int) -> Tensor:
+        if not self.crops:
+            return draw_crops(len(indices), height, np.random.default_rng([self.seed, self.epoch, *indices]))
+        number = self.epoch % self.crops
+        return torch.cat([draw_crops(1, height, np.random.default_rng([self.seed, number, i])) for i in indices])
 
 
-def crop_and_flip(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its side (zeros come in), and mirror half of them. (B, C, H, W)."""
-    b, _, h, w = images.shape
-    border = max(h // 8, 1)
-    padded = torch.nn.functional.pad(images, [border] * 4)
-    corners = rng.integers(0, 2 * border + 1, (b, 2)).tolist()
-    shifted = torch.stack([image[:, top : top + h, left : left + w] for image, (top, left) in zip(padded, corners)])
-    mirrored = torch.from_numpy(rng.random(b) < 0.5).view(-1, 1, 1, 1)
-    return torch.where(mirrored, shifted.flip(-1), shifted)
+def draw_crops(count: int, height: int, rng: np.random.Generator) -> Tensor:
+    """int64 (count, 3): top and left corner in an image with a border of an eighth; 1 for the half to mirror."""
+    corners = rng.integers(0, 2 * max(height // 8, 1) + 1, (count, 2))
+    return torch.from_numpy(np.column_stack([corners, rng.random(count) < 0.5]).astype(np.int64))
+
+
+def cropped(images: Tensor, crop: Tensor) -> Tensor:
+    """Each image (B, C, H, W) shifted by up to an eighth of its side (zeros come in) and perhaps mirrored.
+
+    Args:
+        images: of any dtype.
+        crop: (B, 3), of :func:`draw_crops`.
+    """
+    height, width = images.shape[-2:]
+    padded = torch.nn.functional.pad(images, [max(height // 8, 1)] * 4)
+    corners = crop[:, :2].tolist()
+    parts = [image[:, top : top + height, left : left + width] for image, (top, left) in zip(padded, corners)]
+    shifted = torch.stack(parts)
+    return torch.where(crop[:, 2].bool().view(-1, 1, 1, 1), shifted.flip(-1), shifted)
 
 
 class ImageData(SplitData):
@@ -102,6 +122,8 @@ class ImageData(SplitData):
         augment: random crops and mirror images in training. Off by default: a mirrored digit is no digit.
         mean, std: of the normalisation, one number or one per channel; pixels are in [0, 1] before it.
         indexed: whether batches carry ``index``.
+        crops: with ``augment``, so many crops of an image, each shown again after as many epochs, and batches carry
+            ``crop``, which tells them apart: for what is kept per crop (``SoftLabelCache``). 0: new ones every epoch.
         image_key, label_key: columns to read where the usual names do not fit.
         seed: of the held-out split, the noise, the training order and the augmentation.
 
@@ -131,6 +153,7 @@ class ImageData(SplitData):
         mean: float | list[float] = 0.5,
         std: float | list[float] = 0.5,
         indexed: bool = True,
+        crops: int = 0,
         image_key: str | None = None,
         label_key: str | None = None,
         seed: int = 0,
@@ -139,6 +162,8 @@ class ImageData(SplitData):
         check(isinstance(name, str) and name != "", "name", name, "'digits', a hub data set or a path")
         check_integer("batch_size", batch_size, 1)
         check_integer("seed", seed, 0)
+        check_integer("crops", crops, 0)
+        check(augment or crops == 0, "crops", crops, "0 without augment=True")
         check_choice("channels", channels, (1, 3))
         check_choice("noise", noise, (None, "symmetric", "asymmetric"))
         check_number("val", val, 0, 1, closed="[)", fix="0.1 holds out a tenth of the training examples.")
@@ -153,7 +178,7 @@ class ImageData(SplitData):
         check(bool(np.all(np.asarray(std) > 0)), "std", std, "positive numbers")
         self.name, self.batch_size, self.image_size, self.channels = name, batch_size, image_size, channels
         self.val, self.max_train, self.noise, self.noise_rate = val, max_train, noise, noise_rate
-        self.augment, self.mean, self.std, self.indexed = augment, mean, std, indexed
+        self.augment, self.mean, self.std, self.indexed, self.crops = augment, mean, std, indexed, crops
         self.image_key, self.label_key, self.seed = image_key, label_key, seed
         self._splits: dict[str, ImageTensors] | None = None
 
@@ -201,7 +226,7 @@ class ImageData(SplitData):
     def _dataset(self, split: str, images: Tensor, labels: Tensor) -> ImageTensors:
         noisy = labels if split == "test" or not self.noise_rate else self._noisy(labels, split)
         augment = self.augment and split == "train"
-        return ImageTensors(images, noisy, self.mean, self.std, labels, augment, self.indexed, self.seed)
+        return ImageTensors(images, noisy, self.mean, self.std, labels, augment, self.indexed, self.seed, self.crops)
 
     def _noisy(self, labels: Tensor, split: str) -> Tensor:
         seed = 2 * self.seed + (split == "validation")

@@ -283,6 +283,27 @@ def test_augmentation_is_a_function_of_seed_and_epoch_and_only_in_training(npz):
     assert torch.equal(plain[3]["image"], same[3]["image"])
 
 
+def test_a_crop_comes_again_and_is_told_whatever_the_batch(npz):
+    def epoch(number: int, batch_size: int = 60, **kwargs) -> dict[int, tuple]:
+        loader = ImageData(npz, augment=True, crops=2, batch_size=batch_size, **kwargs).train_dataloader()
+        loader.sampler.set_epoch(number)
+        rows = [zip(b["index"].tolist(), b["image"], b["crop"]) for b in loader]
+        return {i: (image, crop) for row in rows for i, image, crop in row}
+
+    first, second, third, other = epoch(0), epoch(1), epoch(2, batch_size=7), epoch(0, seed=1)
+    assert first.keys() == third.keys()
+    for i, (image, crop) in first.items():
+        assert torch.equal(third[i][0], image)
+        assert torch.equal(third[i][1], crop)
+        assert crop.shape == (3,)
+    crops = [torch.stack([crop for _, crop in found.values()]) for found in (first, second, other)]
+    assert not torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+    assert crops[0][:, 2].unique().tolist() == [0, 1]
+    assert "crop" not in ImageData(npz, augment=True).train_dataset[0]
+    assert "crop" not in ImageData(npz, augment=True, crops=2).test_dataset[0]
+
+
 # Order and resume
 
 
@@ -438,6 +459,8 @@ def test_seeds_and_epochs_do_not_share_orders():
         ("noise_rate", 1.5),
         ("mean", [0.5, 0.5]),
         ("std", 0.0),
+        ("crops", 2),  # without augment
+        ("crops", -1),
         ("seed", -1),
         ("image_key", "nothing"),
         ("label_key", "nothing"),
