@@ -153,13 +153,16 @@ def save_model(module: nn.Module, folder: Path, preprocessing: Mapping[str, Any]
 
 
 def _batch_dimension(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The first dimension of every tensor is free, where there are two examples or more."""
-    batch = torch.export.Dim("batch")
+    """The first dimension of every tensor is free, where there are two examples or more.
+
+    ``AUTO`` frees what the network leaves free, in one trace: a named ``Dim`` would be refused by diffusers' U-Nets,
+    whose upsampling asks for 64 examples or more, and be traced again for nothing.
+    """
     size = next((leaf.shape[0] for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
     def free(value: Any) -> Any:
         is_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size and size > 1
-        return {0: batch} if is_batch else None
+        return {0: torch.export.Dim.AUTO} if is_batch else None
 
     return tuple(map(free, args)), {key: free(value) for key, value in kwargs.items()}
 
@@ -171,7 +174,7 @@ def _exported(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch
     shapes = {**dict(zip(names, free_args)), **free_kwargs}
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-    except Exception:  # a network that is specialised to its batch size, or takes *args
+    except Exception:  # a network that takes *args
         return torch.export.export(model, args, kwargs)
 
 

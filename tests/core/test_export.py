@@ -118,6 +118,22 @@ def test_program_has_a_free_batch_and_same_outputs(tmp_path):
     torch.testing.assert_close(again(x), model.eval()(x))
 
 
+def test_program_of_a_diffusers_unet_is_traced_once_and_has_a_free_batch(tmp_path, monkeypatch):
+    from effdl.tasks.tiny import tiny_unet
+
+    blocks = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
+    model = tiny_unet(8, 1, add_attention=False, block_out_channels=(8, 8), norm_num_groups=4, **blocks).eval()
+    trace, traces = torch.export.export, []
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: traces.append(args) or trace(*args, **kwargs))
+    export.export_program(model, (torch.randn(2, 1, 8, 8), torch.tensor([3, 900])), tmp_path / "m.pt2")
+    assert len(traces) == 1
+    again = torch.export.load(tmp_path / "m.pt2").module()
+    for count in (1, 5):
+        x, t = torch.randn(count, 1, 8, 8), torch.arange(count)
+        with torch.no_grad():
+            torch.testing.assert_close(again(x, t)[0], model(x, t, return_dict=False)[0], atol=1e-5, rtol=1e-4)
+
+
 def test_program_with_keyword_inputs(tmp_path):
     model = Tied()
     export.export_program(model, (torch.tensor([1, 2]),), tmp_path / "m.pt2", {"scale": 2.0})
