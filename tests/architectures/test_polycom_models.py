@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,6 +16,7 @@ from effdl.architectures.polycom_models import no_decay_groups, polycom_model, p
 from effdl.callbacks import PolyComCallback
 from effdl.core.errors import ConfigurationError
 from effdl.core.surgery import count_parameters
+from tests.support import quiet_trainer
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
 IDS = torch.arange(12).view(2, 6)
@@ -209,10 +210,7 @@ class Perceptron(LightningModule):
 def fit(module, callbacks, epochs=1, stage="fit", **kwargs):
     g = torch.Generator().manual_seed(1)
     rows = [(torch.randn(4, 6, generator=g), torch.randint(0, 2, (4,), generator=g)) for _ in range(4)]
-    trainer = Trainer(
-        max_epochs=epochs, callbacks=callbacks, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-    )  # fmt: skip
+    trainer = quiet_trainer(*callbacks, max_epochs=epochs)
     getattr(trainer, stage)(module, DataLoader(rows, batch_size=None), weights_only=True, **kwargs)
     return trainer
 

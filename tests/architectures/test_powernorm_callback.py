@@ -17,6 +17,7 @@ from effdl.callbacks import PowerNormCallback
 from effdl.core.errors import ConfigurationError
 from tests.architectures import powernorm_ranks
 from tests.architectures.powernorm_parts import tokens
+from tests.support import quiet_fit
 
 # --- the callback ---------------------------------------------------------------------------------------------------
 
@@ -52,14 +53,9 @@ def rows(count: int = 6, size: int = 4) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(size, 5, 8, generator=g), torch.randint(0, 3, (size,), generator=g)) for _ in range(count)]
 
 
-def fit(module, callbacks, batches=None, val=None, ckpt_path=None, **kwargs):
-    trainer = Trainer(**{
-        "max_epochs": 2, "callbacks": callbacks, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-    } | kwargs)  # fmt: skip
+def fit(module, callbacks, batches=None, **kwargs):
     loader = DataLoader(batches or rows(), batch_size=None)
-    trainer.fit(module, loader, val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+    return quiet_fit(module, loader, *callbacks, **{"max_epochs": 2, **kwargs})
 
 
 def norms_of(module: nn.Module) -> list[PowerNorm]:

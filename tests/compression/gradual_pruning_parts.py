@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
+
+from tests.support import quiet_fit
 
 
 class Net(LightningModule):
@@ -36,14 +37,8 @@ def data(batches=8, size=6, width=12):
     return DataLoader(rows, batch_size=None)
 
 
-def fit(module, callbacks, epochs=3, val=None, ckpt_path=None, **kwargs):
-    trainer = Trainer(
-        max_epochs=epochs, callbacks=callbacks, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        **kwargs,
-    )  # fmt: skip
-    trainer.fit(module, data(), val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+def fit(module, callbacks, epochs=3, **kwargs):
+    return quiet_fit(module, data(), *callbacks, max_epochs=epochs, **kwargs)
 
 
 def zeros(module):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from effdl import MEALV2ImageClassifier, MEALV2Mixin
 from effdl.data.loading import ResumableLoader
+from tests.support import quiet_fit
 
 CLASSES, N = 4, 24
 
@@ -68,15 +68,9 @@ def loader(labels=None, batch_size=6):
     return ResumableLoader(TensorDataset(x, y if labels is None else labels), batch_size=batch_size, shuffle=True)
 
 
-def fit(module, data=None, epochs=2, callbacks=(), ckpt_path=None, val=None, **kwargs):
+def fit(module, data=None, epochs=2, callbacks=(), **kwargs):
     torch.manual_seed(5)
-    trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), callbacks=list(callbacks),
-        **kwargs,
-    )  # fmt: skip
-    trainer.fit(module, data or loader(), val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+    return quiet_fit(module, data or loader(), *callbacks, max_epochs=epochs, **kwargs)
 
 
 def same(a, b):

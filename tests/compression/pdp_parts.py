@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
 from effdl.callbacks import PDPCallback
+from tests.support import quiet_fit
 
 SIZES = {"model.0.weight": 12 * 32, "model.2.weight": 32 * 4}
 GRANULARITIES = ["unstructured", "channel", "2:4"]
@@ -46,13 +46,8 @@ def data(batches=8, shape=(12,)):
     return DataLoader(rows, batch_size=None)
 
 
-def fit(module, *callbacks, val=None, ckpt_path=None, loader=None, **kwargs):
-    saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    options = {"max_epochs": 3, "enable_checkpointing": saves, "num_sanity_val_steps": 0, **quiet, **kwargs}
-    trainer = Trainer(callbacks=list(callbacks), **options)
-    trainer.fit(module, loader or data(), val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+def fit(module, *callbacks, loader=None, **kwargs):
+    return quiet_fit(module, loader or data(), *callbacks, **{"max_epochs": 3, "num_sanity_val_steps": 0, **kwargs})
 
 
 def pdp(**kwargs):

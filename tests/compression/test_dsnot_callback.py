@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -14,6 +13,7 @@ from effdl.core.export import product
 from effdl.core.masks import unpack
 from effdl.tasks.language import LanguageModel
 from effdl.tasks.tiny import tiny_gpt2, tiny_llama
+from tests.support import quiet_trainer
 
 
 def loader(count=6):
@@ -28,11 +28,7 @@ def module(network=tiny_llama):
 
 
 def trainer(callbacks, epochs=2, **kwargs):
-    return Trainer(
-        max_epochs=epochs, callbacks=callbacks, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), **kwargs,
-    )  # fmt: skip
+    return quiet_trainer(*callbacks, max_epochs=epochs, num_sanity_val_steps=0, **kwargs)
 
 
 def zeros(lm, callback):

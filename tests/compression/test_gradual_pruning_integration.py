@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,6 +16,7 @@ from effdl.callbacks import PruningCallback
 from effdl.core.errors import ConfigurationError
 from effdl.core.masks import keep_count
 from effdl.tasks.tiny import tiny_gpt2
+from tests.support import quiet_fit, quiet_trainer
 
 PRUNED = sum(n - keep_count(n, 0.8) for n in (12 * 32, 32 * 3))
 STEPS = 8  # in an epoch
@@ -65,15 +66,11 @@ def data(batches=STEPS):
 
 
 def trainer(*callbacks, **kwargs):
-    saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return Trainer(callbacks=list(callbacks), **{"max_epochs": 3, "enable_checkpointing": saves, **quiet, **kwargs})
+    return quiet_trainer(*callbacks, **{"max_epochs": 3, **kwargs})
 
 
-def fit(module, *callbacks, loader=None, ckpt_path=None, **kwargs):
-    run = trainer(*callbacks, **kwargs)
-    run.fit(module, loader or data(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return run
+def fit(module, *callbacks, loader=None, **kwargs):
+    return quiet_fit(module, loader or data(), *callbacks, **{"max_epochs": 3, **kwargs})
 
 
 def pruning(**kwargs):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,7 +18,7 @@ from effdl.core.export import save_model
 from effdl.core.quantized import load_quantized, quantized_weights
 from effdl.core.quantizers import grouped
 from effdl.core.select import select_weights
-from tests.support import check_quantized_artifact
+from tests.support import check_quantized_artifact, quiet_fit
 
 
 def network():
@@ -64,14 +64,8 @@ def data(batches=8, size=12):
     return DataLoader(rows(batches, size), batch_size=None)
 
 
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-def fit(module, callbacks, epochs=2, loader=None, ckpt_path=None, **kwargs):
-    saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, enable_checkpointing=saves, **QUIET, **kwargs)
-    trainer.fit(module, loader or data(), data(2), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+def fit(module, callbacks, epochs=2, loader=None, **kwargs):
+    return quiet_fit(module, loader or data(), *callbacks, val=data(2), max_epochs=epochs, **kwargs)
 
 
 def teacher():

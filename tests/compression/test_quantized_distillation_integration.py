@@ -16,7 +16,6 @@ from effdl.core.export import save_model
 from effdl.core.quantized import load_quantized, quantized_weights
 from tests.compression.test_quantized_distillation_callbacks import (
     CALLBACKS,
-    QUIET,
     Losses,
     Net,
     data,
@@ -25,6 +24,7 @@ from tests.compression.test_quantized_distillation_callbacks import (
     teacher,
     trained,
 )
+from tests.support import QUIET
 
 
 @pytest.mark.parametrize("name", CALLBACKS)

@@ -16,6 +16,7 @@ from effdl.compression.relevance_pruning import prune_filters
 from effdl.core.errors import ConfigurationError
 from effdl.core.structure import compact
 from tests.compression.relevance_pruning_nets import Residual, X, Y
+from tests.support import quiet_fit
 
 
 class Classifier(LightningModule):
@@ -36,15 +37,9 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
 
 
-def fit(module, callbacks, ckpt_path=None, epochs=3, **kwargs):
+def fit(module, callbacks, epochs=3, **kwargs):
     data = DataLoader([(X[i : i + 3], Y[i : i + 3]) for i in (0, 3, 6)], batch_size=None)
-    trainer = Trainer(
-        max_epochs=epochs, callbacks=callbacks, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        **kwargs,
-    )  # fmt: skip
-    trainer.fit(module, data, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+    return quiet_fit(module, data, *callbacks, val=data, max_epochs=epochs, **kwargs)
 
 
 def callback(**kwargs):

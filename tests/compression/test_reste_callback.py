@@ -16,7 +16,7 @@ from effdl.compression.reste import BinaryConv2d, binarize, o_schedule
 from effdl.core.errors import ConfigurationError
 from effdl.core.quantized import quantized_weights
 from tests.compression.test_reste import network
-from tests.support import check_quantized_artifact
+from tests.support import check_quantized_artifact, quiet_fit
 
 
 class Module(LightningModule):
@@ -43,15 +43,8 @@ def data():
     return DataLoader(batches, batch_size=None)
 
 
-def fit(module, *callbacks, ckpt_path=None, epochs=2, **kwargs):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    trainer = Trainer(
-        callbacks=list(callbacks), max_epochs=epochs, enable_checkpointing=saves, log_every_n_steps=1,
-        **{**quiet, **kwargs},
-    )  # fmt: skip
-    trainer.fit(module, data(), data(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+def fit(module, *callbacks, epochs=2, **kwargs):
+    return quiet_fit(module, data(), *callbacks, val=data(), max_epochs=epochs, log_every_n_steps=1, **kwargs)
 
 
 class Looks(Callback):

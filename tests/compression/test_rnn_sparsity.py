@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,14 +16,11 @@ from effdl.compression.rnn_sparsity import percentile, percentile_masks, prune_r
 from effdl.compression.rnn_sparsity_models import RecurrentClassifier
 from effdl.core.errors import ConfigurationError
 from effdl.data.reber import ReberData
-from tests.support import golden
+from tests.support import QUIET, golden, quiet_fit
 
+TRAINER = {**QUIET, "enable_checkpointing": False}
 GOLDEN = golden("rnn-sparsity")
 MODES = ("RNN_TANH", "RNN_RELU", "GRU", "LSTM")
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False,
-}  # fmt: skip
 
 
 def layer(mode, *sizes, **kwargs):
@@ -214,12 +211,7 @@ def zeros(module, name="rnn.weight"):
 
 
 def fit(module, callbacks, steps=8, **kwargs):
-    options = {**QUIET, "max_epochs": 1, **kwargs}
-    options["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    ckpt = options.pop("ckpt_path", None)
-    trainer = Trainer(callbacks=callbacks, **options)
-    trainer.fit(module, batches(steps), ckpt_path=ckpt, weights_only=True if ckpt else None)
-    return trainer
+    return quiet_fit(module, batches(steps), *callbacks, **{"max_epochs": 1, **kwargs})
 
 
 def test_must_05_masked_weights_have_no_gradient_and_stay_zero_for_50_adamw_steps():
@@ -276,7 +268,7 @@ def test_sweep_runs_the_protocol_and_tells_when_accuracy_is_regained(strings):
     torch.manual_seed(0)
     module = RecurrentClassifier("GRU", hidden_size=8, num_layers=1, embedding_size=8)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    rows = sweep(module, strings, sparsities=(0.5, 1.0), weights=("both", "h2h"), epochs=1, trainer=QUIET)
+    rows = sweep(module, strings, sparsities=(0.5, 1.0), weights=("both", "h2h"), epochs=1, trainer=TRAINER)
     assert [(r["sparsity"], r["weights"], r["epoch"]) for r in rows] == [
         (0.0, "none", 0), *((s, w, e) for s in (0.5, 1.0) for w in ("both", "h2h") for e in (0, 1)),
     ]  # fmt: skip
@@ -287,4 +279,4 @@ def test_sweep_runs_the_protocol_and_tells_when_accuracy_is_regained(strings):
     assert epochs_to_regain(told) == {(0.8, "both"): 2, (0.8, "i2h"): None}
     assert epochs_to_regain(told, tolerance=0.02)[0.8, "both"] == 1
     with pytest.raises(ConfigurationError, match="metric"):
-        sweep(module, strings, (0.5,), ("both",), epochs=0, metric="val/f1", trainer=QUIET)
+        sweep(module, strings, (0.5,), ("both",), epochs=0, metric="val/f1", trainer=TRAINER)

@@ -17,7 +17,7 @@ from effdl.core.errors import ConfigurationError
 from effdl.core.paper import Paper
 from effdl.core.steps import wrap
 from tests.core.state_keys import KEYS, Method, state_keys
-from tests.support import ROOT
+from tests.support import ROOT, quiet_fit
 
 
 class Net(LightningModule):
@@ -32,13 +32,9 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def run(module, *callbacks, ckpt_path=None, **kwargs):
-    saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(callbacks=list(callbacks), **{"max_epochs": 1, "enable_checkpointing": saves, **quiet, **kwargs})
+def run(module, *callbacks, **kwargs):
     loader = DataLoader([torch.ones(2, 2)] * 3, batch_size=None)
-    trainer.fit(module, loader, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+    return quiet_fit(module, loader, *callbacks, **{"max_epochs": 1, **kwargs})
 
 
 def is_wrapped(owner, name="training_step"):
@@ -46,6 +42,7 @@ def is_wrapped(owner, name="training_step"):
 
 
 # ---- state key ----------------------------------------------------------------------------------------------------
+
 
 def test_state_keys_differ_by_arguments_and_are_the_same_in_the_next_process():
     keys = state_keys()

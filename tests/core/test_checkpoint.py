@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
 from effdl.core.checkpoint import fold_checkpoints
 from effdl.core.steps import wrap
+from tests.support import quiet_trainer
 
 
 class Net(LightningModule):
@@ -62,9 +63,7 @@ class Folding(Callback):
 
 
 def trainer(*callbacks, **kwargs):
-    saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return Trainer(callbacks=list(callbacks), **{"max_epochs": 2, "enable_checkpointing": saves, **quiet, **kwargs})
+    return quiet_trainer(*callbacks, **{"max_epochs": 2, **kwargs})
 
 
 def data():

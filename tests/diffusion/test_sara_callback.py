@@ -20,11 +20,7 @@ from effdl.diffusion.sara import apply_deltas
 from effdl.tasks.diffusion import DiffusionModule
 from effdl.tasks.tiny import tiny_unet
 from tests.diffusion.test_sara import GOLD, Golden
-
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}  # fmt: skip
+from tests.support import BARE, quiet_fit
 
 
 class Regression(LightningModule):
@@ -54,12 +50,8 @@ def rows(count: int, seed: int = 0) -> DataLoader:
     return DataLoader(batches, batch_size=None)
 
 
-def fit(module, data, callbacks, steps, ckpt_path=None, **kwargs):
-    checkpoints = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    options = {**QUIET, "max_steps": steps, "enable_checkpointing": checkpoints, **kwargs}
-    trainer = Trainer(callbacks=callbacks, **options)
-    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+def fit(module, data, callbacks, steps, **kwargs):
+    return quiet_fit(module, data, *callbacks, **{"max_steps": steps, "num_sanity_val_steps": 0, **kwargs})
 
 
 class See(Callback):
@@ -165,13 +157,13 @@ def test_must_09_resume_one_step_before_and_after_the_second_selection(saved_at,
     left = DataLoader(list(rows(8))[saved_at:] * 9, batch_size=None)
     sara = make()
     try:
-        fit(resumed, left, [sara], 8, tmp_path / "at.ckpt", max_epochs=-1)
+        fit(resumed, left, [sara], 8, ckpt_path=tmp_path / "at.ckpt", max_epochs=-1)
     finally:
         assert whole.losses[saved_at:] == pytest.approx(resumed.losses, abs=0)
     for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
     with pytest.raises(ConfigurationError, match="ckpt_path"):
-        fit(Regression(wide()), left, [SaRACallback(fraction=0.2)], 8, tmp_path / "at.ckpt", max_epochs=-1)
+        fit(Regression(wide()), left, [SaRACallback(fraction=0.2)], 8, ckpt_path=tmp_path / "at.ckpt", max_epochs=-1)
 
 
 def test_must_05_and_10_merged_network_and_delta(tmp_path):
@@ -196,7 +188,7 @@ def test_must_05_and_10_merged_network_and_delta(tmp_path):
     assert 0.2 < told["share"] < 0.31
     # a Trainer that goes on goes on with the same entries, and with the same base for its delta
     index = {name: weight.index for name, weight in sara.weights.items()}
-    again = Trainer(callbacks=[sara], **QUIET, max_steps=2, enable_checkpointing=False, default_root_dir=tmp_path)
+    again = Trainer(callbacks=[sara], **BARE, max_steps=2, default_root_dir=tmp_path)
     again.fit(module, rows(2))
     first = {name: weight.index for name, weight in sara.weights.items()}
     assert any(not torch.equal(first[name], index[name]) for name in first)  # a new Trainer chooses anew
@@ -254,7 +246,7 @@ def test_what_it_does_not_go_with():
             fit(module, rows(2), [SaRACallback(fraction=0.3), other], 2)
     assert all(p.requires_grad for p in module.parameters())
 
-    trainer = Trainer(**QUIET, enable_checkpointing=False)
+    trainer = Trainer(**BARE)
     trainer.strategy.__class__ = type("FSDPStrategy", (type(trainer.strategy),), {})
     with pytest.raises(ConfigurationError, match="strategy"):
         SaRACallback(fraction=0.3).attach(trainer, module, "fit")

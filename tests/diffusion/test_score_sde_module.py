@@ -23,11 +23,7 @@ from effdl.diffusion.score_sde import (
     score_matching_loss,
 )
 from tests.diffusion.score_sde_nets import Tame, plane, unet
-
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}  # fmt: skip
+from tests.support import QUIET, quiet_fit
 
 
 def points(batch_size: int = 4) -> ResumableLoader:
@@ -36,12 +32,8 @@ def points(batch_size: int = 4) -> ResumableLoader:
 
 
 def fit(module, data=None, callbacks=(), ckpt_path=None, val=None, **kwargs):
-    checkpoints = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    options = {**QUIET, "max_epochs": 2, "enable_checkpointing": checkpoints, **kwargs}
-    trainer = Trainer(callbacks=list(callbacks), **options)
-    data = points() if data is None else data
-    trainer.fit(module, data, val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+    options = {"max_epochs": 2, "num_sanity_val_steps": 0, **kwargs}
+    return quiet_fit(module, points() if data is None else data, *callbacks, val=val, ckpt_path=ckpt_path, **options)
 
 
 # --- networks as scores -------------------------------------------------------------------------------------------

@@ -17,11 +17,9 @@ from effdl.diffusion.smooth_diffusion import SmoothDiffusionMixin, SmoothDiffusi
 from effdl.tasks.diffusion import DiffusionModule
 from effdl.tasks.tiny import tiny_stable_diffusion, tiny_unet
 from tests.diffusion.smooth_diffusion_modules import Fused, Late, LightningDenoiser, Manual, NoSchedule, Silent
+from tests.support import BARE, quiet_fit
 
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False, "num_sanity_val_steps": 0, "gradient_clip_val": 1.0,
-}  # fmt: skip
+QUIET = {**BARE, "gradient_clip_val": 1.0}
 
 
 def loader():
@@ -42,12 +40,9 @@ def smooth(**kwargs) -> SmoothDiffusionModule:
     return SmoothDiffusionModule(**{"model": unet(), "optimizer": adam, "istd_pairs": 0, **kwargs})
 
 
-def fit(module, callbacks=(), ckpt_path=None, data=None, **kwargs):
-    kept = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    options = {**QUIET, "enable_checkpointing": kept, "max_epochs": 1, **kwargs}
-    trainer = Trainer(callbacks=list(callbacks), **options)
-    trainer.fit(module, data or loader(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
+def fit(module, callbacks=(), data=None, **kwargs):
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0, "gradient_clip_val": 1.0, **kwargs}
+    return quiet_fit(module, data or loader(), *callbacks, **options)
 
 
 def weights(module) -> torch.Tensor:

@@ -8,10 +8,10 @@ from functools import partial
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from effdl.data.captioned import CaptionedImageData
 from effdl.tasks.text_to_image import TINY, TextToImageModule
+from tests.support import quiet_fit
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -38,13 +38,8 @@ def data(count: int = 16, batch_size: int = 4) -> CaptionedImageData:
 
 
 def fit(module, folder, datamodule=None, **kwargs) -> L.Trainer:
-    ckpt = kwargs.pop("ckpt_path", None)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
-    kwargs = quiet | {"max_steps": 2, "logger": False, "limit_val_batches": 0, "accelerator": "cpu"} | kwargs
-    kwargs.setdefault("enable_checkpointing", any(isinstance(c, ModelCheckpoint) for c in kwargs.get("callbacks", [])))
-    trainer = L.Trainer(**kwargs)
-    trainer.fit(module, datamodule or data(), ckpt_path=ckpt, weights_only=True if ckpt else None)
-    return trainer
+    options = {"default_root_dir": folder, "max_steps": 2, "limit_val_batches": 0} | kwargs
+    return quiet_fit(module, datamodule or data(), *options.pop("callbacks", ()), **options)
 
 
 def quiet(pipeline):

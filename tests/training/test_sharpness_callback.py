@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from effdl.callbacks import SAMCallback, SharpnessCallback
 from effdl.core.errors import ConfigurationError
+from tests.support import quiet_fit
 
 
 class Net(LightningModule):
@@ -46,16 +47,10 @@ def loader(shuffle=False):
     return DataLoader(data, batch_size=8, shuffle=shuffle)
 
 
-def fit(module, *callbacks, train=None, val=True, epochs=2, logger=False, ckpt_path=None, **kwargs):
+def fit(module, *callbacks, train=None, val=True, epochs=2, **kwargs):
     torch.manual_seed(5)
-    kwargs.setdefault("enable_checkpointing", any(isinstance(c, ModelCheckpoint) for c in callbacks))
-    run = Trainer(
-        max_epochs=epochs, callbacks=list(callbacks), accelerator="cpu", logger=logger, enable_progress_bar=False,
-        enable_model_summary=False, log_every_n_steps=1, **kwargs,
-    )  # fmt: skip
-    val = loader() if val else None
-    run.fit(module, train or loader(True), val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return run
+    options = {"max_epochs": epochs, "log_every_n_steps": 1, "val": loader() if val else None, **kwargs}
+    return quiet_fit(module, train or loader(True), *callbacks, **options)
 
 
 def everything(module):
