@@ -3,63 +3,34 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
 from effdl.callbacks import TrainedRankPruningCallback
-from tests.support import golden
+from tests.compression.image_parts import Foreign, data, fit
+from tests.support import QUIET, golden
+
+__all__ = ["CUT", "GOLDEN", "ONE", "QUIET", "Net", "Scripted", "data", "fit", "share", "tensor", "trp"]
 
 GOLDEN = golden("trained-rank-pruning")
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def tensor(value):
     return torch.tensor(value, dtype=torch.float32)
 
 
-class Net(LightningModule):
+class Net(Foreign):
     """A foreign module: two convolutions to cut, between a first one and a head that stay."""
 
     def __init__(self, conv=lambda: nn.Conv2d(16, 16, 3, padding=1)):
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = nn.Sequential(
+        super().__init__(lambda: nn.Sequential(
             nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), conv(), nn.ReLU(),
             nn.Conv2d(16, 16, 3, stride=2), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(144, 3),
-        )  # fmt: skip
-        self.lr = 0.05
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.cross_entropy(self.model(x), y)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val/accuracy", (self.model(batch[0]).argmax(-1) == batch[1]).float().mean())
-
-    test_step = validation_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
+        ))  # fmt: skip
 
 
 CUT = ["model.3", "model.5"]
-
-
-def data(batches=8):
-    g = torch.Generator().manual_seed(1)
-    rows = [(torch.randn(6, 3, 8, 8, generator=g), torch.randint(0, 3, (6,), generator=g)) for _ in range(batches)]
-    return DataLoader(rows, batch_size=None)
-
-
-def fit(module, *callbacks, loader=None, val=None, ckpt_path=None, **kwargs):
-    options = {"max_epochs": 2, **QUIET, **kwargs}
-    options["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-    trainer = Trainer(callbacks=list(callbacks), num_sanity_val_steps=0, **options)
-    loader = data() if loader is None else loader
-    trainer.fit(module, loader, val, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
 
 
 def trp(**kwargs):
