@@ -130,16 +130,24 @@ def meal_loss(
     with torch.autocast(logits.device.type, enabled=False):  # log-softmax and a small BCE: float32
         z = logits if logits.dtype == torch.float64 else logits.float()
         answers = [t.detach().to(z.dtype) for t in teachers]
-        q = mean_probabilities(answers, teacher_weights)
-        similarity = soft_cross_entropy(z, q)
-        told = similarity.detach(), soft_kl(z.detach(), q), (z.argmax(-1) == q.argmax(-1)).float().mean()
+        terms = soft_label_loss(z, mean_probabilities(answers, teacher_weights))
         if discriminator is None or adversarial is None:
-            return MEALTerms(similarity, *told, None)
+            return terms
         _check_width(discriminator, z)
         weights = teacher_weights or [1 / len(answers)] * len(answers)
         mean = torch.stack([w * t for w, t in zip(weights, answers)]).sum(0)
         adversary = discriminator_loss(discriminator, z, mean, adversarial)
-        return MEALTerms(similarity + d_weight * adversary, *told, adversary.detach())
+        return terms._replace(total=terms.total + d_weight * adversary, discriminator=adversary.detach())
+
+
+def soft_label_loss(logits: Tensor, q: Tensor) -> MEALTerms:
+    """L_s of the student's logits [B, C] and probabilities q [B, C], in float32 at least: L without a discriminator."""
+    check_same_shape(logits, q)
+    with torch.autocast(logits.device.type, enabled=False):
+        z = logits if logits.dtype == torch.float64 else logits.float()
+        similarity = soft_cross_entropy(z, q)
+        agreement = (z.argmax(-1) == q.argmax(-1)).float().mean()
+        return MEALTerms(similarity, similarity.detach(), soft_kl(z.detach(), q), agreement, None)
 
 
 def _check_width(discriminator: nn.Module, logits: Tensor) -> None:

@@ -7,15 +7,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from effdl.compression._meal_loss import MEALDiscriminator
+from effdl.compression._meal_cache import SoftLabelCache
+from effdl.compression._meal_loss import MEALDiscriminator, cutmix_images, with_inputs
 from effdl.compression._meal_teachers import Teachers, check_single_label, looks_untrained
+from effdl.core.batch import unpack
 from effdl.core.calibrate import to_device
 from effdl.core.checkpoint import fold_into, unfold_from
 from effdl.core.distill import classes_of
+from effdl.core.distributed import rank
 from effdl.core.errors import ConfigurationError, check
 from effdl.core.export import product, save_timm
 from effdl.core.random import preserved_rng
@@ -26,32 +30,47 @@ _FOLDERS: list[tempfile.TemporaryDirectory] = []
 
 
 class MEALRun:
-    """One training: whether the teachers' answers are finite, the student as it was before, an example for latency."""
+    """One training: whether the teachers' answers can be used, the student as it was before, an example for latency."""
 
     def __init__(self) -> None:
-        self.finite: Tensor | None = None  # [K] bool, on the device: no waiting for it in a step
+        # bool, on the device, as nobody waits for it in a step: [K], teachers' answers that are finite; or [2], of a
+        # cache: all keys are known, all images are those that were asked about
+        self.fine: Tensor | None = None
+        self.cached = False
         self.before: dict[str, Any] = {}
         self.example: Any = None
 
     @torch.no_grad()
-    def see(self, inputs: Any, answers: list[Tensor], labels: Tensor | None) -> None:
-        """Every batch; the first one is looked at on the spot.
+    def see(self, inputs: Any, answers: list[Tensor], labels: Tensor | None, cached: Tensor | None = None) -> None:
+        """Every batch; the first one is looked at on the spot. ``cached``: what the cache says of its answer, [2].
 
         Raises:
-            ConfigurationError: NaN or infinity from a teacher, labels of a multi-label task.
+            ConfigurationError: NaN or infinity from a teacher, a cache of other data, labels of a multi-label task.
         """
-        finite = torch.stack([z.isfinite().all() for z in answers])
-        first, self.finite = self.finite is None, finite if self.finite is None else self.finite & finite
+        fine = torch.stack([z.isfinite().all() for z in answers]) if cached is None else cached
+        self.cached = cached is not None
+        first, self.fine = self.fine is None, fine if self.fine is None else self.fine & fine
         if first:
             check_single_label(labels, answers[0].shape[1])
             self.example = to_device(first_example(inputs), "cpu")
-            self.check_finite()
+        if first or (self.cached and not fine.is_cuda):
+            self.check_fine()
 
-    def check_finite(self) -> None:
-        """Raise where a teacher has said something else than numbers; waits for the device."""
-        if self.finite is not None and not bool(self.finite.all()):
-            bad = [f"teachers[{i}]" for i, ok in enumerate(self.finite.tolist()) if not ok]
-            raise ConfigurationError(f"{', '.join(bad)}: NaN or infinite logits; its weights or its precision fail.")
+    def check_fine(self) -> None:
+        """Raise where a teacher has said something else than numbers, or a cache nothing; waits for the device."""
+        if self.fine is None or bool(self.fine.all()):
+            return
+        if self.cached and not self.fine[0]:
+            raise ConfigurationError(
+                "cache: it has no soft label of some image or crop of this run. Build it over all the training data, "
+                "with the same seed and crops."
+            )
+        if self.cached:
+            raise ConfigurationError(
+                "cache: it was built of other images than this run's: another split, normalisation or augmentation."
+            )
+        bad = [f"teachers[{i}]" for i, ok in enumerate(self.fine.tolist()) if not ok]
+        raise ConfigurationError(f"{', '.join(bad)}: NaN or infinite logits; its weights or its precision fail.")
 
     def start(self, student: nn.Module, resumed: bool) -> None:
         """Measure the student as it comes; warn where it has never been trained."""
@@ -63,8 +82,11 @@ class MEALRun:
         if "parameters" not in self.before:
             self.before |= measure(student)
 
-    def validated(self, metrics: dict[str, Any]) -> None:
-        """Metrics of the whole validation before the first step."""
+    def validated(self, trainer: Any) -> None:
+        """Keep the metrics of a whole validation before the first step (``num_sanity_val_steps=-1``)."""
+        if not trainer.sanity_checking or trainer.num_sanity_val_steps != float("inf"):
+            return
+        metrics = trainer.callback_metrics
         seen = {key: float(value) for key, value in metrics.items()}
         self.before.setdefault("metrics", {k: v for k, v in seen.items() if "val" in k} or seen)
 
@@ -87,14 +109,41 @@ class MEALRun:
         return {**told, "before": before, "after": after}
 
 
+def num_classes_of(module: nn.Module) -> int | None:
+    """What the module (``num_classes``) or its network tells."""
+    return getattr(module, "num_classes", None) or classes_of(product(module))
+
+
+def check_cache(cache: SoftLabelCache | None, module: nn.Module, teachers: Teachers, weights: Any) -> None:
+    """Raise where a cache is of other teachers or classes than a module's."""
+    if cache is not None:
+        cache.verify(teachers.identity(weights), num_classes_of(module))
+
+
 def make_discriminator(module: nn.Module, teachers: Teachers, k: int, adversarial: str | None) -> nn.Module | None:
     """D for the classes that the module (``num_classes``), its network or the first teacher tells; ``None`` without."""
     if adversarial is None:
         return None
-    told = getattr(module, "num_classes", None) or classes_of(product(module)) or classes_of(teachers.networks[0])
+    told = num_classes_of(module) or classes_of(teachers.networks[0])
     check(isinstance(told, int), "num_classes", told, "self.num_classes where no head tells it")
     with preserved_rng():  # the student's random numbers stay what they are without us
         return MEALDiscriminator(told, k, last_relu=adversarial == "cooperative")
+
+
+def check_first(cls: type, mixin: type) -> None:
+    """Raise where a class before the mixin would decide what a step computes."""
+    before = cls.__mro__[: cls.__mro__.index(mixin)]
+    wrong = [c.__name__ for c in before if {"training_step", "compute_loss"} & set(vars(c))]
+    if wrong:
+        name = mixin.__name__
+        raise ConfigurationError(f"{name} must come first: class {cls.__name__}({name}, {wrong[0]}).")
+
+
+def cut_and_mixed(batch: Any, alpha: float, input_key: str | None, epoch: int, batch_idx: int = 0, *_: Any) -> Any:
+    """CutMix, a function of (process, epoch, batch): the same in a resumed run and in a second pass (SAM)."""
+    images = unpack(batch, input_key).inputs
+    check(isinstance(images, Tensor) and images.dim() == 4, "cutmix", alpha, "0 without images")
+    return with_inputs(batch, images, cutmix_images(images, alpha, np.random.default_rng([rank(), epoch, batch_idx])))
 
 
 def param_groups(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effdl.core.distill import Teacher, resolve_teacher, teacher_logits
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
+from effdl.core.fingerprint import fingerprint
 from effdl.core.teacher import Frozen
 
 Transform = Callable[[Tensor], Tensor]
@@ -104,8 +105,7 @@ class Teachers:
         for holder in self.holders:
             holder.on(device)
         if self.transform is not None:
-            many = isinstance(self.transform, (list, tuple))
-            self.views = list(self.transform) if many else [self.transform] * len(self)
+            self.views = as_views(self.transform, len(self))
             return
         known = [self._trained_on(i) for i in range(len(self))]
         images = None if getattr(data, "mean", None) is None else _statistics(data.mean, data.std)
@@ -129,6 +129,11 @@ class Teachers:
         seen = [inputs if view is None else view(inputs) for view in self.views]
         return [teacher_logits(holder, x) for holder, x in zip(self.holders, seen)]
 
+    def identity(self, weights: Sequence[float] | None) -> str:
+        """A fingerprint of who is asked, how much each counts, and what they were told to see of the images."""
+        counts = [float(w) for w in weights or [1 / len(self)] * len(self)]
+        return fingerprint(self.networks, counts, [_told(view) for view in as_views(self.transform, len(self))])
+
     def check_eval(self) -> None:
         """Raise where a teacher was switched to training: its Dropout and BatchNorm would silently ruin q."""
         for i, network in enumerate(self.networks):
@@ -150,6 +155,18 @@ def _same(a: Statistics, b: Statistics) -> bool:
     return all(math.isclose(x, y, abs_tol=1e-6) for x, y in pairs)
 
 
+def as_views(transform: Any, count: int) -> list[Transform | None]:
+    """``teacher_transform`` as one entry per teacher."""
+    return list(transform) if isinstance(transform, (list, tuple)) else [transform] * count
+
+
+def _told(view: Any) -> Any:
+    """Something of a view that is the same in the next process."""
+    if isinstance(view, Renormalize):
+        return [view.scale, view.shift, view.size]
+    return None if view is None else getattr(view, "__qualname__", type(view).__qualname__)
+
+
 def as_list(teachers: Any) -> list[Teacher]:
     """One teacher or several, as a list."""
     return list(teachers) if isinstance(teachers, (list, tuple, nn.ModuleList)) else [teachers]
@@ -169,23 +186,33 @@ def check_meal_arguments(
     """Raise ConfigurationError for what cannot be right whatever the networks are."""
     count = len(as_list(teachers))
     check(count > 0, "teachers", teachers, "at least one teacher")
-    if weights is not None:
-        ok = isinstance(weights, (list, tuple)) and len(weights) == count
-        check(ok, "teacher_weights", weights, f"one number per teacher, {count}")
-        for weight in weights:
-            check_number("teacher_weights", weight, 0, 1)
-        check(math.isclose(sum(weights), 1, abs_tol=1e-6), "teacher_weights", weights, "numbers that sum to 1")
+    check_weights(weights, count)
     check_choice("adversarial", adversarial, ("reversal", "cooperative", None))
     check_number("d_weight", d_weight, 0, math.inf, closed="[)")
     if d_lr is not None:
         check_number("d_lr", d_lr, 0, math.inf, closed="()")
     check_integer("discriminator_k", k, 1)
     check_number("cutmix", cutmix, 0, math.inf, closed="[)", fix="1.0 is the paper's Beta(1, 1).")
+    check_views(transform, count)
+    check(input_key is None or isinstance(input_key, str), "input_key", input_key, "a name or None")
+
+
+def check_weights(weights: Any, count: int) -> None:
+    """Raise unless ``teacher_weights`` fits so many teachers."""
+    if weights is not None:
+        ok = isinstance(weights, (list, tuple)) and len(weights) == count
+        check(ok, "teacher_weights", weights, f"one number per teacher, {count}")
+        for weight in weights:
+            check_number("teacher_weights", weight, 0, 1)
+        check(math.isclose(sum(weights), 1, abs_tol=1e-6), "teacher_weights", weights, "numbers that sum to 1")
+
+
+def check_views(transform: Any, count: int) -> None:
+    """Raise unless ``teacher_transform`` fits so many teachers."""
     many = isinstance(transform, (list, tuple))
     views = transform if many else [transform]
     ok = all(view is None or callable(view) for view in views) and (not many or len(views) == count)
     check(ok, "teacher_transform", transform, f"a callable, or a list of {count}")
-    check(input_key is None or isinstance(input_key, str), "input_key", input_key, "a name or None")
 
 
 def looks_untrained(network: nn.Module) -> bool:

@@ -16,9 +16,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from torch import Tensor, nn
 
+from effdl.compression._meal_cache import SoftLabelCache, open_cache
 from effdl.compression._meal_loss import (
     MEALDiscriminator,
     MEALTerms,
@@ -26,10 +26,13 @@ from effdl.compression._meal_loss import (
     discriminator_loss,
     meal_loss,
     reverse_gradient,
-    with_inputs,
+    soft_label_loss,
 )
 from effdl.compression._meal_run import (
     MEALRun,
+    check_cache,
+    check_first,
+    cut_and_mixed,
     example_teacher,
     fold_discriminator,
     make_discriminator,
@@ -42,8 +45,7 @@ from effdl.compression._meal_teachers import Renormalize, Teachers, as_list, che
 from effdl.core.batch import unpack
 from effdl.core.contract import ContractExample
 from effdl.core.distill import ask, network_inputs
-from effdl.core.distributed import rank
-from effdl.core.errors import ConfigurationError, check
+from effdl.core.errors import ConfigurationError
 from effdl.core.export import product
 from effdl.core.paper import Paper
 from effdl.core.steps import require_automatic_optimization
@@ -56,6 +58,7 @@ __all__ = [
     "MEALV2ImageClassifier",
     "MEALV2Mixin",
     "Renormalize",
+    "SoftLabelCache",
     "cutmix_images",
     "discriminator_loss",
     "looks_untrained",
@@ -83,8 +86,8 @@ class MEALV2Mixin:
 
     Reach for it to gain 1 to 4 points with an existing checkpoint. **Start from a trained student** (untrained ones end
     points below) and take teachers that **know more than the student's data teaches**: teachers trained on the same
-    small data gained nothing over labels. The paper uses no label smoothing, mixup or weight decay, SGD 0.01 with
-    momentum 0.9 (0.001 for the second half of 180 epochs), random crops and flips. Cost: the teachers' forward passes.
+    small data gained nothing over labels. The paper: no label smoothing, mixup or weight decay, SGD 0.01, momentum 0.9
+    (0.001 in the second half of 180 epochs), crops, flips. Cost: the teachers' forward passes; ``cache`` spares them.
 
     Args:
         teachers: one or several networks, timm names, folders of runs or weights (``core.distill.resolve_teacher``).
@@ -103,13 +106,16 @@ class MEALV2Mixin:
             (or ``None``) per teacher. ``None``: where the data module has ``mean`` and ``std``, images are normalised
             anew for teachers that were named and whose weights came with other statistics.
         input_key: of a dict batch, where it is not one of the usual ones.
+        cache: a :class:`SoftLabelCache` of these teachers, or its file: they are loaded to be compared, and never run.
+            Needs ``adversarial=None`` and no CutMix.
 
     Logs ``meal-v2/kl`` (zero where the student says what the teachers say), ``meal-v2/agreement`` (share of equal
     arg-max) and ``meal-v2/discriminator`` (L_d).
 
     Raises:
         ConfigurationError: an argument out of range, a teacher that cannot be had, is the student, is not in
-            ``eval()``, tells other classes apart or returns NaN; labels of a multi-label task; manual optimisation.
+            ``eval()``, tells other classes apart or returns NaN; a cache that is damaged or of other teachers or
+            images; labels of a multi-label task; manual optimisation.
 
     Example::
 
@@ -133,15 +139,18 @@ class MEALV2Mixin:
         cutmix: float = 0.0,
         teacher_transform: Callable[[Tensor], Tensor] | list[Callable[[Tensor], Tensor] | None] | None = None,
         input_key: str | None = None,
+        cache: str | SoftLabelCache | None = None,
         **kwargs: Any,
     ) -> None:
         numbers = d_weight, d_lr, discriminator_k, cutmix
         check_meal_arguments(teachers, teacher_weights, adversarial, *numbers, teacher_transform, input_key)
+        opened = open_cache(cache, adversarial, cutmix)
         super().__init__(*args, **kwargs)
         self.meal_teachers = Teachers(as_list(teachers), self, teacher_transform)
         self.meal_weights, self.meal_adversarial = teacher_weights, adversarial
         self.meal_d_weight, self.meal_d_lr, self.meal_cutmix = d_weight, d_lr, cutmix
-        self.meal_input_key = input_key
+        self.meal_input_key, self.meal_cache = input_key, opened
+        check_cache(opened, self, self.meal_teachers, teacher_weights)
         self.meal_discriminator = make_discriminator(self, self.meal_teachers, discriminator_k, adversarial)
         hook = getattr(super(), "compute_loss", None)
         self._meal_stock = hook is not None and list(inspect.signature(hook).parameters) == ["outputs", "batch"]
@@ -149,10 +158,7 @@ class MEALV2Mixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        before = cls.__mro__[: cls.__mro__.index(MEALV2Mixin)]
-        wrong = [c.__name__ for c in before if {"training_step", "compute_loss"} & set(vars(c))]
-        if wrong:
-            raise ConfigurationError(f"MEALV2Mixin must come first: class {cls.__name__}(MEALV2Mixin, {wrong[0]}).")
+        check_first(cls, MEALV2Mixin)
 
     # ---- the run -----------------------------------------------------------------------------------------------
 
@@ -164,7 +170,8 @@ class MEALV2Mixin:
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.meal_teachers.prepare(self.device, self.trainer.datamodule)
+        if self.meal_cache is None:
+            self.meal_teachers.prepare(self.device, self.trainer.datamodule)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -178,7 +185,8 @@ class MEALV2Mixin:
         return super().on_train_batch_start(batch, batch_idx)
 
     def training_step(self, batch: Any, *args: Any) -> Any:
-        batch = self._meal_mixed(batch, *args) if self.meal_cutmix else batch
+        if self.meal_cutmix:
+            batch = cut_and_mixed(batch, self.meal_cutmix, self.meal_input_key, self.current_epoch, *args)
         if not self._meal_stock:
             loss = self.meal_loss(ask(self, network_inputs(batch, self.meal_input_key)), batch)
             self.log("train/loss", loss.detach(), prog_bar=True)
@@ -190,33 +198,30 @@ class MEALV2Mixin:
             raise ConfigurationError(f"training_step of {type(self).__name__} does not ask compute_loss for its loss.")
         return output
 
-    def _meal_mixed(self, batch: Any, batch_idx: int = 0, *_: Any) -> Any:
-        """CutMix, a function of (process, epoch, batch): the same in a resumed run and in a second pass (SAM)."""
-        images = unpack(batch, self.meal_input_key).inputs
-        check(isinstance(images, Tensor) and images.dim() == 4, "cutmix", self.meal_cutmix, "0 without images")
-        rng = np.random.default_rng([rank(), self.current_epoch, batch_idx])
-        return with_inputs(batch, images, cutmix_images(images, self.meal_cutmix, rng))
-
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         if self._meal_stock and self.training:
             return self.meal_loss(*args, **kwargs)
         return super().compute_loss(*args, **kwargs)
 
     def meal_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        """L of the student's logits [B, C]; asks the teachers about the batch's inputs, never looks at its labels."""
-        inputs = network_inputs(batch, self.meal_input_key)
-        answers = self.meal_teachers.logits(inputs)
-        terms = meal_loss(
-            outputs, answers, self.meal_discriminator, self.meal_adversarial, self.meal_d_weight, self.meal_weights
-        )
-        self._meal_run.see(inputs, answers, unpack(batch, self.meal_input_key).labels)
+        """L of the student's logits [B, C]; asks teachers (or the cache) about the inputs, never looks at labels."""
+        inputs, labels = network_inputs(batch, self.meal_input_key), unpack(batch, self.meal_input_key).labels
+        if self.meal_cache is not None:
+            q, fine = self.meal_cache.answer(batch, self.meal_input_key)
+            terms = soft_label_loss(outputs, q)
+            self._meal_run.see(inputs, [q], labels, fine)
+        else:
+            answers = self.meal_teachers.logits(inputs)
+            adversary = self.meal_discriminator, self.meal_adversarial, self.meal_d_weight
+            terms = meal_loss(outputs, answers, *adversary, self.meal_weights)
+            self._meal_run.see(inputs, answers, labels)
         self.log_dict(terms.logged(self.paper.slug), on_step=False, on_epoch=True, batch_size=len(outputs))
         self._meal_done = True
         return terms.total
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
-        self._meal_run.check_finite()
+        self._meal_run.check_fine()
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -244,9 +249,8 @@ class MEALV2Mixin:
         configure = super().configure_optimizers
         if getattr(configure, "__func__", None) is not ImageClassifier.configure_optimizers:
             return configure()
-        return optimizer_and_scheduler(
-            self, lambda _: self.optimizer(self.meal_param_groups(weight_decay=None)), self.scheduler
-        )
+        make = lambda _: self.optimizer(self.meal_param_groups(weight_decay=None))  # noqa: E731
+        return optimizer_and_scheduler(self, make, self.scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -260,9 +264,7 @@ class MEALV2Mixin:
 
     def on_validation_end(self) -> None:
         super().on_validation_end()
-        whole = self.trainer.num_sanity_val_steps == float("inf")  # num_sanity_val_steps=-1
-        if self.trainer.sanity_checking and whole:
-            self._meal_run.validated(self.trainer.callback_metrics)
+        self._meal_run.validated(self.trainer)
 
     def report(self) -> dict[str, Any]:
         """Student before (validated with ``Trainer(num_sanity_val_steps=-1)``) and after; the teachers' size."""
@@ -283,6 +285,7 @@ class MEALV2Mixin:
                 "cutmix": [-1.0, float("nan")],
                 "teacher_transform": [3, [None, None]],
                 "input_key": 3,
+                "cache": ["no/such.safetensors", 3],
             },
         )
 

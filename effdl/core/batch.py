@@ -52,6 +52,11 @@ def unpack(
     return Batch(batch, None, None)
 
 
+def crop_of(batch: Any) -> Tensor | None:
+    """What a mapping says of the crops its images are, int (B,) or (B, P) under ``"crop"``; ``None`` where nothing."""
+    return batch.get("crop") if isinstance(batch, Mapping) else None
+
+
 def _pick(batch: Mapping, key: str | None, usual: tuple[str, ...]) -> Any:
     if key is not None:
         if key not in batch:
