@@ -22,7 +22,7 @@ from effdl.core.noise import expand
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Condition = Tensor | dict[str, Tensor] | None
-REDUCTIONS = ("mean", "half_sum")
+REDUCTIONS = ("mean", "half_sum", "none")
 TIMES = ("uniform", "t0", "t1")
 
 
@@ -80,9 +80,12 @@ def time_points(uniform: Tensor, schedule: str | int, eps: float = 1e-3) -> Tens
 
 
 def squared_error(prediction: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """Squared error in fp32: ``"mean"`` over all elements, or ``"half_sum"``: batch mean of half the squared norm."""
+    """Squared error in fp32: ``"mean"`` over all elements, ``"half_sum"``: batch mean of half the squared norm, or
+    ``"none"``: of each element, ``[B, ...]``."""
     check_choice("reduction", reduction, REDUCTIONS)
     square = (wide(prediction) - wide(target)).square()
+    if reduction == "none":
+        return square
     return square.mean() if reduction == "mean" else 0.5 * square.flatten(1).sum(1).mean()
 
 

@@ -85,7 +85,7 @@ class ScoreAdapter:
 
 def score_matching_loss(
     sde: SDE, score: Score, x0: Tensor, t: Tensor, noise: Tensor,
-    likelihood_weighting: bool = False, reduce_mean: bool = True,
+    likelihood_weighting: bool = False, reduce_mean: bool = True, per_example: bool = False,
 ) -> Tensor:  # fmt: skip
     """Denoising score matching, averaged over the batch (eq. 7).
 
@@ -100,6 +100,7 @@ def score_matching_loss(
         noise: z ``[B, ...]``.
         likelihood_weighting: lambda = g^2 in place of std^2.
         reduce_mean: the paper: yes for vp and subvp, no for ve; learning rate and clipping depend on it.
+        per_example: ``[B]``, not yet averaged.
 
     Example::
 
@@ -112,7 +113,8 @@ def score_matching_loss(
     residual = s + noise / std if likelihood_weighting else std * s + noise
     square = residual.square().flatten(1)
     reduced = square.mean(1) if reduce_mean else 0.5 * square.sum(1)
-    return (sde.diffusion(t).square() * reduced if likelihood_weighting else reduced).mean()
+    losses = sde.diffusion(t).square() * reduced if likelihood_weighting else reduced
+    return losses if per_example else losses.mean()
 
 
 def dequantise(x: Tensor, levels: int, uniform: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from effdl.core.batch import unpack
 from effdl.core.capture import evaluating
 from effdl.core.contract import ContractExample
 from effdl.core.errors import check, check_choice, check_integer, check_number
+from effdl.core.mean_loss import MeanLoss
 from effdl.core.paper import Paper
 from effdl.core.teacher import Frozen
 from effdl.diffusion._denoiser import CONVENTIONS, StackedDenoiser, TimeConvention
@@ -57,7 +58,7 @@ STRAIGHTNESS_STEPS = 20
 SHOWN = 10  # images in a row of samples.png
 
 
-class ReflowModule(LightningModule):
+class ReflowModule(MeanLoss, LightningModule):
     """Trains a velocity network on straight lines from noise to data (InstaFlow).
 
     With x0 ~ N(0, I), t = 0 at the noise, X_t = t x1 + (1 - t) x0:
@@ -159,8 +160,7 @@ class ReflowModule(LightningModule):
             source = self.source if teacher is None else FlowSource(teacher, given)
             self.teacher = OnlineTeacher(source, online_steps, guidance)
         self.stage, self.steps, self.distance = stage, steps, distance
-        self.guidance, self.seed = guidance, seed
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.guidance, self.seed, self.optimizer, self.scheduler = guidance, seed, optimizer, scheduler
         self._shown: tuple[Tensor, Condition] | None = None
         self._perceptual = None if distance == "l2" else Frozen(PerceptualDistance(self.source, distance))
 
@@ -204,7 +204,7 @@ class ReflowModule(LightningModule):
         uniform = draws.uniform(len(x0)) if self.stage == "distill" else 1 - draws.rows(len(x0), self.draw_times, 0)
         velocity, t = self._velocity(condition), self._times(uniform)
         if self._perceptual is None:
-            return rectified_flow_loss(velocity, x0, x1, t), x0, condition
+            return self.mean_loss(rectified_flow_loss(velocity, x0, x1, t, "none")), x0, condition
         return self._perceptual.on(x1)(wide(x0) + velocity(x0, t), x1), x0, condition
 
     def draw_times(self, count: int, generator: torch.Generator | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from effdl.core.batch import unpack
 from effdl.core.capture import evaluating
 from effdl.core.contract import ContractExample
 from effdl.core.errors import check, check_integer, check_number
+from effdl.core.mean_loss import MeanLoss
 from effdl.core.paper import Paper
 from effdl.diffusion._denoiser import CONVENTIONS, TimeConvention, kind
 from effdl.diffusion._draws import Draws
@@ -75,7 +76,7 @@ VALIDATION_TIMES = tuple((k + 0.5) / 8 for k in range(8))
 SHOWN = 10  # images in a row of samples.png
 
 
-class RectifiedFlowModule(LightningModule):
+class RectifiedFlowModule(MeanLoss, LightningModule):
     """Trains a velocity network on straight paths, at times from a density that favours the middle (SD3).
 
     With t from ``density``, then shifted, and ``z_t = (1 - t) x0 + t eps``: the loss is
@@ -170,7 +171,8 @@ class RectifiedFlowModule(LightningModule):
         data, noise, condition = self._read(batch, draws)
         lost = draws.rows(len(data), lambda n, g: torch.rand(n, 3, generator=g, device=self.device), 3)
         condition = drop(condition, lost, self.dropout, self.null_label, self._layout)
-        loss = rectified_flow_loss(self._velocity(condition), data, noise, self.times(draws, len(data)))
+        t = self.times(draws, len(data))
+        loss = self.mean_loss(rectified_flow_loss(self._velocity(condition), data, noise, t, "none"))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(data))
         return loss
 

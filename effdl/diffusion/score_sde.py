@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from effdl.core.batch import unpack
 from effdl.core.contract import ContractExample
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer
+from effdl.core.mean_loss import MeanLoss
 from effdl.core.paper import Paper
 from effdl.core.steps import require_automatic_optimization
 from effdl.diffusion._draws import Draws
@@ -69,7 +70,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-class ScoreSDEMixin(ScoreServices):
+class ScoreSDEMixin(MeanLoss, ScoreServices):
     """Trains the network of somebody's module as a score in continuous time, and serves what a score can (Score SDE).
 
     ``class Mine(ScoreSDEMixin, YourModule)``: network, optimizer, schedulers, ``forward`` and everything else stay
@@ -180,7 +181,8 @@ class ScoreSDEMixin(ScoreServices):
     def _loss(self, x0: Tensor, draws: Draws) -> Tensor:
         t = draws.rows(len(x0), self.draw_times, 0) * (1 - TRAIN_EPS) + TRAIN_EPS
         noise = draws.noise(x0.shape)
-        return score_matching_loss(self.sde, self.score, x0, t, noise, self.likelihood_weighting, self.reduce_mean)
+        how = {"likelihood_weighting": self.likelihood_weighting, "reduce_mean": self.reduce_mean}
+        return self.mean_loss(score_matching_loss(self.sde, self.score, x0, t, noise, **how, per_example=True))
 
     def draw_times(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Training times ``[count]`` in [0, 1], put on [1e-5, 1] later. What ``TimestepSamplerCallback`` replaces."""

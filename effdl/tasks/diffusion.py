@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from effdl.core.batch import unpack
 from effdl.core.errors import ConfigurationError, check, check_choice, check_integer, check_number
+from effdl.core.mean_loss import MeanLoss
 from effdl.core.solvers import sample_loop
 from effdl.tasks._denoising import Denoising, diffuse, prompts_of, stream
 from effdl.tasks._diffusers import call, class_tokens, put_together, save, take_apart
@@ -24,7 +25,7 @@ from effdl.tasks._optimizers import optimizer_and_scheduler
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
-class DiffusionModule(LightningModule):
+class DiffusionModule(MeanLoss, LightningModule):
     """Denoising training of a diffusers network, unconditional, on class labels or on text; in pixels or in latents.
 
     Noise and timesteps are functions of (seed, epoch, batch, process): a resumed run goes on exactly, processes draw
@@ -108,7 +109,7 @@ class DiffusionModule(LightningModule):
 
     def compute_loss(self, outputs: Denoising, batch: Any) -> Tensor:
         """Mean squared error (DDPM, eq. 14); the hook that methods with a loss of their own override."""
-        return F.mse_loss(outputs.prediction.float(), outputs.target.float())
+        return self.mean_loss(F.mse_loss(outputs.prediction.float(), outputs.target.float(), reduction="none"))
 
     def denoise(self, batch: Any, generator: torch.Generator | None = None) -> Denoising:
         """Add noise at random timesteps and predict the target; all draws come from ``generator``."""

@@ -168,7 +168,8 @@ class TextToImageModule(DiffusionModule):
             return super().compute_loss(outputs, batch)
         error = (outputs.prediction.float() - outputs.target.float()).square().flatten(1).mean(1)
         table = self.noise_scheduler.alphas_cumprod
-        return (min_snr_weight(table, outputs.timesteps, self.prediction, self.min_snr) * error).mean()
+        weight = min_snr_weight(table, outputs.timesteps, self.prediction, self.min_snr)
+        return self.mean_loss(weight * error)
 
     def latents(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
         if isinstance(batch, Mapping) and "moments" in batch:
