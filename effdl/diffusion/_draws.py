@@ -13,6 +13,11 @@ from effdl.core.distributed import rank, world_size
 from effdl.core.random import generator
 
 
+def own_rows(drawn: Tensor, count: int) -> Tensor:
+    """This process's ``[count]`` of what was drawn for it alone or, as :meth:`Draws.rows` does, for all processes."""
+    return drawn if len(drawn) == count else drawn[rank() :: world_size()]
+
+
 @dataclass(frozen=True)
 class Draws:
     """Noise and times of one batch, drawn on its device for the examples of all processes together.
