@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
+
+from tests.support import BARE
 
 
 def gaussian(*shape, seed=0):
@@ -44,27 +45,4 @@ def data(batches=6, size=16, seed=1, distance=1.0):
 
 
 def trainer(*callbacks, **kwargs):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    options = {"max_epochs": 2, "accelerator": "cpu", "enable_checkpointing": False, **quiet, **kwargs}
-    return Trainer(callbacks=list(callbacks), **options)
-
-
-class _Products(TorchFunctionMode):
-    """Keeps the first operand of every linear layer's and convolution's product."""
-
-    def __init__(self):
-        super().__init__()
-        self.operands = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.linear, F.conv2d):
-            self.operands.append(args[0].detach())
-        return function(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def operands(model, x):
-    """What truly enters each product of the network, in the order of the products."""
-    with _Products() as seen:
-        model.eval()(x)
-    return seen.operands
+    return Trainer(callbacks=list(callbacks), **{"max_epochs": 2, **BARE, **kwargs})

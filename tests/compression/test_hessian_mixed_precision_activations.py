@@ -20,7 +20,8 @@ from effdl.core.input_quantizers import QuantizedInput
 from effdl.core.quantized import load_quantized, quantized_inputs, quantized_weights
 from effdl.core.random import generator
 from effdl.core.static_int8 import StaticInt8Layer
-from tests.compression.small_network import Net, data, gaussian, operands, trainer
+from tests.compression.small_network import Net, data, gaussian, trainer
+from tests.products import operands
 from tests.support import check_quantized_artifact
 
 

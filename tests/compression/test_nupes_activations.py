@@ -18,7 +18,8 @@ from effdl.core.export import export_onnx, onnx_outputs, save_model
 from effdl.core.input_quantizers import QuantizedInput, taking
 from effdl.core.input_ranges import InputHistogram, input_histograms, layers_reading
 from effdl.core.quantized import load_quantized, quantized_inputs, quantized_weights
-from tests.compression.small_network import Net, data, gaussian, operands, trainer
+from tests.compression.small_network import Net, data, gaussian, trainer
+from tests.products import operands
 from tests.support import check_quantized_artifact
 
 IMAGES = next(iter(data(1, 40, seed=5)))[0]

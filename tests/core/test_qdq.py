@@ -10,7 +10,6 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from effdl.core.attention_matmuls import QuantizedMatmuls, attend, attentions, watch_matmuls
 from effdl.core.deploy import deploy, observe
@@ -20,6 +19,7 @@ from effdl.core.input_quantizers import QuantizedInput
 from effdl.core.quantized import dequantize_, load_quantized, quantize_, quantized_inputs
 from effdl.core.quantizers import symmetric
 from tests.core.test_input_quantizers import draw, quantised, ranges
+from tests.products import matmul_levels
 
 onnx = pytest.importorskip("onnx")
 INT8, UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
@@ -123,19 +123,6 @@ def pair(bits=8):
     return model.eval()
 
 
-class Watched(TorchFunctionMode):
-    """Distinct values of both operands of every torch.matmul."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.matmul:
-            self.seen.append(tuple(x.unique().numel() for x in args))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": "bool"}, {"attn_mask": "add"}, {"enable_gqa": True}],
@@ -158,13 +145,13 @@ def test_no_more_than_two_to_the_bits_values_enter_a_product(bits):
     for attention in attentions(plain).values():
         assert type(attention).__name__ == "QuantizedAttention"
     x, context = draw(8, 24, 16), draw(8, 7, 12, seed=1)
-    with Watched() as watch, torch.no_grad():
+    with matmul_levels() as watch, torch.no_grad():
         model(x, context)
     assert len(watch.seen) == 4  # two products in each of two modules
     assert all(count <= 2**bits for counts in watch.seen for count in counts)
     dequantize_(plain)
     assert {type(m) for m in attentions(plain).values()} == {Attention}
-    with Watched() as watch, torch.no_grad():
+    with matmul_levels() as watch, torch.no_grad():
         plain(x, context)
     assert not watch.seen  # torch's own attention again
     seen = []

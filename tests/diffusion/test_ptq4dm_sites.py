@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from torch.overrides import TorchFunctionMode
 
 from effdl.core.attention_matmuls import attentions
 from effdl.core.deploy import UnsupportedBackendError, deploy
@@ -18,25 +17,13 @@ from effdl.core.quantized import is_quantized, load_quantized, quantized_inputs
 from effdl.diffusion.ptq4dm import Settings, calibrate, quantize_unet
 from effdl.tasks.tiny import tiny_condition_unet, tiny_unet
 from tests.diffusion.ptq4dm_parts import SCHEDULERS, gaussian, small
+from tests.products import matmul_levels
 
 TIMES = torch.tensor([5, 100, 400, 900])
 
 
 def unet():
     return tiny_unet(8, 1, block_out_channels=(16, 32)).eval()
-
-
-class Products(TorchFunctionMode):
-    """The operands of every torch.matmul."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.matmul:
-            self.seen.append(tuple(x.unique().numel() for x in args))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (8, 5)])
@@ -49,7 +36,7 @@ def test_operands_of_attention_are_quantised_and_saved(bits, tmp_path):
     assert names == found.inputs.keys() - found.weights.keys()
     assert all(found.inputs[name].scale.shape == (4,) for name in names)
     assert all(int(found.inputs[name].zero_point[2]) == 0 for name in names)  # probabilities have no sign
-    with Products() as watch, torch.no_grad():
+    with matmul_levels() as watch, torch.no_grad():
         want = net(x, TIMES).sample
     assert len(watch.seen) == 8
     assert all(count <= 2 ** bits[1] for counts in watch.seen for count in counts)
