@@ -17,6 +17,7 @@ from effdl.core.errors import ConfigurationError
 from effdl.core.masks import global_top_k_masks, keep_count, pack, unpack
 from effdl.core.select import select_weights
 from tests.compression.gradual_pruning_parts import Net, data, fit, zeros
+from tests.compression.tied_sequence import Sequence
 
 
 def test_retain_lets_a_weight_return_and_saves_plain_zeros(tmp_path):
@@ -57,23 +58,6 @@ def test_weight_averaging_does_not_unprune(tmp_path):
         assert sum(zeros(module).values()) == want
         state = torch.load(tmp_path / str(order) / "last.ckpt", weights_only=True)["state_dict"]
         assert sum(int((v == 0).sum()) for k, v in state.items() if k.endswith("weight")) == want
-
-
-class Sequence(nn.Module):
-    """Embedding, LSTM, attention and a tied read-out."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(12, 16)
-        self.lstm = nn.LSTM(16, 16, num_layers=2, batch_first=True)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.head = nn.Linear(16, 12)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x):
-        x, _ = self.lstm(self.embedding(x.abs().long().clamp(max=11)))
-        x, _ = self.attention(x, x, x)
-        return self.head(x[:, -1])
 
 
 @pytest.mark.parametrize("retain", [False, True])

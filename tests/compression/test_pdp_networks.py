@@ -11,6 +11,7 @@ from torch import nn
 
 from effdl.core.errors import ConfigurationError
 from tests.compression.pdp_parts import GRANULARITIES, Net, data, fit, pdp, zeros
+from tests.compression.tied_sequence import Sequence
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -31,27 +32,11 @@ def test_compiled_networks_are_not_recompiled_when_the_ratio_rises(granularity):
         assert torch.allclose(a, b, atol=1e-6)
 
 
-class Sequence(nn.Module):
-    """Embedding, LSTM, attention and a tied read-out."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(12, 16)
-        self.lstm = nn.LSTM(16, 16, batch_first=True)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.head = nn.Linear(16, 12)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x):
-        x, _ = self.lstm(self.embedding(x.abs().long().clamp(max=11)))
-        x, _ = self.attention(x, x, x)
-        return self.head(x[:, -1])
-
-
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_recurrent_attention_and_tied_weights(granularity):
-    fit(module := Net(Sequence), callback := pdp(granularity=granularity, sparsity=None if ":" in granularity else 0.75,
-        scope="local"), max_epochs=2)  # fmt: skip
+    sparsity = None if ":" in granularity else 0.75
+    callback = pdp(granularity=granularity, sparsity=sparsity, scope="local")
+    fit(module := Net(lambda: Sequence(layers=1)), callback, max_epochs=2)
     layers = callback.report()["layers"]
     assert len(layers) == 5
     want = pytest.approx(0.5 if ":" in granularity else 0.75, abs=0.02)

@@ -24,6 +24,7 @@ from tests.compression.test_quantized_distillation_callbacks import (
     teacher,
     trained,
 )
+from tests.compression.tied_sequence import Sequence
 from tests.support import QUIET
 
 
@@ -50,29 +51,12 @@ def test_a_checkpoint_is_plain_resumes_and_tests_as_its_artifact(name, tmp_path)
         fit(Net(), [QuantizedDistillationCallback(5, teacher())], epochs=3, ckpt_path=tmp_path / "last.ckpt")
 
 
-class Sequence(nn.Module):
-    """Embedding, LSTM, attention and a tied read-out."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(12, 16)
-        self.lstm = nn.LSTM(16, 16, num_layers=2, batch_first=True)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.head = nn.Linear(16, 12, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x):
-        x, _ = self.lstm(self.embedding(x.abs().long().clamp(max=11)))
-        x, _ = self.attention(x, x, x)
-        return self.head(x[:, -1])
-
-
 @pytest.mark.parametrize("kind", ["masters", "points"])
 def test_recurrent_attention_and_tied_weights(kind, tmp_path):
-    module = Net(Sequence())
+    module = Net(Sequence(bias=False))
     arguments = {"bits": 4, "bucket_size": 64}
     if kind == "masters":
-        callback = QuantizedDistillationCallback(**arguments, teacher=Sequence(), quantize_bias=True)
+        callback = QuantizedDistillationCallback(**arguments, teacher=Sequence(bias=False), quantize_bias=True)
     else:
         callback = DifferentiableQuantizationCallback(**arguments)
     fit(module, [callback, ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)], epochs=1)
@@ -81,12 +65,12 @@ def test_recurrent_attention_and_tied_weights(kind, tmp_path):
     assert len(names) == (13 if kind == "masters" else 7)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(state["model.head.weight"], state["model.embedding.weight"])
-    reopened = Sequence()
+    reopened = Sequence(bias=False)
     reopened.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
     x = rows(1)[0][0]
     assert torch.allclose(reopened.eval()(x), module.model.eval()(x), atol=1e-6)
     save_model(module, tmp_path / "artifact")
-    assert torch.equal(load_quantized(Sequence(), tmp_path / "artifact").eval()(x), module.model(x))
+    assert torch.equal(load_quantized(Sequence(bias=False), tmp_path / "artifact").eval()(x), module.model(x))
 
 
 def test_truncated_masters_stay_inside_and_still_move():
