@@ -16,30 +16,11 @@ from torch import nn
 from effdl.callbacks import PruningCallback
 from effdl.compression.gradual_pruning import magnitude_masks
 from effdl.core.select import select_weights
+from tests.claims.shuffled import Shuffled
 from tests.support import load_npz, real_data
 
 pytestmark = pytest.mark.slow
 SEEDS = (0, 1, 2)
-
-
-class Shuffled:
-    """Batches (x, y) of tensors in memory, in an order that is a function of (seed, epoch)."""
-
-    def __init__(self, x, y, batch, seed, flip=False):
-        self.x, self.y, self.batch, self.flip = x, y, batch, flip
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self):
-        return len(self.x) // self.batch
-
-    def __iter__(self):
-        order = torch.randperm(len(self.x), generator=self.generator)
-        for rows in order[: len(self) * self.batch].view(-1, self.batch):
-            x = self.x[rows]
-            if self.flip:
-                mirrored = torch.rand(len(x), generator=self.generator) < 0.5
-                x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
-            yield x, self.y[rows]
 
 
 class Plain(LightningModule):

@@ -14,26 +14,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from effdl.callbacks import PDPCallback, PruningCallback
+from tests.claims.shuffled import Shuffled
 
 pytestmark = pytest.mark.slow
 SEEDS = range(8)  # a network at 95 % moves by two points from seed to seed
 EPOCHS = 15
-
-
-class Shuffled:
-    """Batches of tensors in memory, in an order that is a function of (seed, epoch)."""
-
-    def __init__(self, x, y, seed, batch=64):
-        self.x, self.y, self.batch = x, y, batch
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self):
-        return len(self.x) // self.batch
-
-    def __iter__(self):
-        order = torch.randperm(len(self.x), generator=self.generator)
-        for rows in order[: len(self) * self.batch].view(-1, self.batch):
-            yield self.x[rows], self.y[rows]
 
 
 class Plain(LightningModule):
@@ -76,7 +61,7 @@ def trained(inputs, seed):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     train, test = (x[order[:1297]], y[order[:1297]]), (x[order[1297:]], y[order[1297:]])
     torch.manual_seed(seed)
-    dense = fit(Plain(), Shuffled(*train, seed), 20)
+    dense = fit(Plain(), Shuffled(*train, 64, seed), 20)
     return train, test, {k: v.clone() for k, v in dense.state_dict().items()}, accuracy(dense, *test)
 
 
@@ -109,7 +94,7 @@ def measured(inputs, way):
         train, test, state, _ = trained(inputs, seed)
         module = Plain(test)
         module.load_state_dict(state)
-        fit(module, Shuffled(*train, seed), EPOCHS, callback := WAYS[way]())
+        fit(module, Shuffled(*train, 64, seed), EPOCHS, callback := WAYS[way]())
         finished.append(accuracy(module, *test))
         gaps.append(abs(module.soft - finished[-1]))
         assert callback.report()["sparsity"] == pytest.approx(0.5 if "2:4" in way else 0.95, abs=1e-3)

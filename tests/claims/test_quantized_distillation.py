@@ -19,7 +19,8 @@ from effdl.core.calibrate import recalibrate_batchnorm
 from effdl.core.export import save_model
 from effdl.core.quantized import load_quantized, quantize_
 from effdl.core.select import select_weights
-from tests.claims.test_gradual_pruning import Shuffled, table
+from tests.claims.shuffled import Shuffled
+from tests.claims.test_gradual_pruning import table
 
 pytestmark = pytest.mark.slow
 SEEDS = (0, 1, 2)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from effdl.callbacks import ReSTECallback
-from tests.claims.test_gradual_pruning import Shuffled
+from tests.claims.shuffled import Shuffled
 from tests.support import load_npz
 
 pytestmark = pytest.mark.slow
