@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from effdl.core.adapters import merged
 from effdl.core.capture import evaluating, uncompiled
@@ -167,8 +168,13 @@ def _batch_dimension(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dic
     return tuple(map(free, args)), {key: free(value) for key, value in kwargs.items()}
 
 
+def _own(value: Any) -> Any:
+    """A tensor in memory of its own: a program traced on a view asks for that very view of its callers."""
+    return value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+
+
 def _exported(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
-    kwargs = dict(kwargs)
+    args, kwargs = tree_map(_own, (tuple(args), dict(kwargs)))
     free_args, free_kwargs = _batch_dimension(args, kwargs)
     names = list(inspect.signature(model.forward).parameters)
     shapes = {**dict(zip(names, free_args)), **free_kwargs}

@@ -134,6 +134,15 @@ def test_program_of_a_diffusers_unet_is_traced_once_and_has_a_free_batch(tmp_pat
             torch.testing.assert_close(again(x, t)[0], model(x, t, return_dict=False)[0], atol=1e-5, rtol=1e-4)
 
 
+def test_a_program_traced_on_a_view_takes_any_tensor(tmp_path):
+    model = nn.Conv2d(3, 2, 3)
+    wide = torch.randn(8, 3, 8, 12)
+    for view in (wide[:4], wide[::2], wide[:4, :, :, 2:10], wide[:1].expand(4, -1, -1, -1)):
+        x = torch.randn(5, *view.shape[1:])
+        again = export.export_program(model, (view,), tmp_path / "m.pt2").module()
+        torch.testing.assert_close(again(x), model(x))
+
+
 def test_program_with_keyword_inputs(tmp_path):
     model = Tied()
     export.export_program(model, (torch.tensor([1, 2]),), tmp_path / "m.pt2", {"scale": 2.0})
