@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from effdl.callbacks import _mask_report
 from effdl.callbacks._masked import MaskedCallback
 from effdl.compression.rnn_sparsity import PAPER, check_pruning, percentile_masks, prune_recurrent_, recurrent_weights
-from effdl.compression.rnn_sparsity_models import RecurrentClassifier, example_strings
+from effdl.compression.rnn_sparsity_models import RecurrentClassifier, example_input, example_strings
 from effdl.core.contract import ContractExample
 from effdl.core.distributed import check_equal_on_ranks
 from effdl.core.errors import check, check_integer
@@ -127,6 +127,7 @@ class RNNPruningCallback(MaskedCallback):
             kwargs={"sparsity": 0.4, "start": 2},
             module=_tiny_classifier,
             data=example_strings,
+            example_input=example_input,
             bad={
                 "sparsity": [1.5, -0.1, float("nan"), None],
                 "weights": ["hidden", None],

@@ -186,6 +186,7 @@ class SparseGraphRNNModule(ImageClassifier):
         return ContractExample(
             kwargs={"graph": "ba", "nodes": 12, "mode": "GRU"},
             data=example_strings,
+            example_input=example_input,
             bad={
                 "graph": ["er", [[0, 1], [1, 1]], [[0, 1], [2, 3]], [], 3],
                 "nodes": [9, 2.5],
@@ -205,3 +206,8 @@ def example_strings(batch_size: int) -> Any:
     from effdl.data.reber import ReberData
 
     return ReberData(train=32, val=0, test=0, batch_size=batch_size, seed=3).train_dataloader()
+
+
+def example_input(_module: Any) -> tuple[Tensor]:
+    """For export, which unrolls the kernels over time: the first twelve symbols of the first batch."""
+    return (next(iter(example_strings(4)))["input_ids"][:, :12],)
