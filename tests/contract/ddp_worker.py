@@ -11,38 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 
 from tests.contract.cases import CASES, Case, state_of
+from tests.joined import joined_ddp
 
 STEPS = 5
-
-
-class Joined(LightningEnvironment):
-    """Two processes that exist already; Lightning must not start any."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self._rank = rank
-
-    creates_processes_externally = True
-
-    def global_rank(self) -> int:
-        return self._rank
-
-    def local_rank(self) -> int:
-        return self._rank
-
-    def node_rank(self) -> int:
-        return 0
-
-    def world_size(self) -> int:
-        return 2
-
-    def set_global_rank(self, rank: int) -> None: ...
-
-    def set_world_size(self, size: int) -> None: ...
 
 
 def run_case(case: Case, accumulate: int, strategy: Any, batch_size: int | None = None) -> dict[str, Any]:
@@ -75,7 +48,7 @@ def worker(rank: int, names: list[str], folder: str, port: int) -> None:
     for name in names:
         for accumulate in (1, 2):
             try:
-                strategy = DDPStrategy(cluster_environment=Joined(rank), process_group_backend="gloo")
+                strategy = joined_ddp(rank)
                 result: dict[str, Any] = {"state": run_case(CASES[name], accumulate, strategy)}
             except Exception:  # the parent shows it; the other rank may be stuck in a collective, so end both
                 result = {"error": traceback.format_exc()}

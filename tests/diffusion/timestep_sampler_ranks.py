@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from effdl.callbacks import TimestepSamplerCallback
@@ -15,7 +14,7 @@ from effdl.core.random import generator
 from effdl.data.loading import ResumableLoader
 from effdl.diffusion.rectified_flow_transformer import RectifiedFlowModule
 from effdl.tasks.diffusion import DiffusionModule
-from tests.contract.ddp_worker import Joined
+from tests.joined import joined_ddp
 
 BATCH, BATCHES, BINS = 12, 4, 4
 QUIET = {
@@ -110,7 +109,7 @@ def fit_points(make: type, extra: list[Callback] = (), epochs: int = 2, callback
 
 def run(rank: int, folder: str) -> None:
     def distributed() -> dict[str, Any]:
-        strategy = DDPStrategy(cluster_environment=Joined(rank), process_group_backend="gloo")
+        strategy = joined_ddp(rank)
         return {"strategy": strategy, "devices": 2}
 
     for make in (Flow, Denoiser):

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 
-from tests.contract.ddp_worker import Joined
+from tests.joined import joined_ddp
 from tests.tasks.text_to_image_parts import KINDS, data, fit, make
 
 
@@ -17,7 +16,7 @@ def run(rank: int, folder: str) -> None:
     for kind, more in zip(KINDS, (cache, adapter, adapter, cache), strict=True):
         module = make(kind, **more)
         before = [p.detach().clone() for p in module.parameters()]
-        strategy = DDPStrategy(cluster_environment=Joined(rank), process_group_backend="gloo")
+        strategy = joined_ddp(rank)
         fit(module, folder, data(), strategy=strategy, devices=2, accumulate_grad_batches=2, limit_val_batches=1)
         for name, value in module.state_dict().items():
             both = [torch.empty_like(value) for _ in range(2)]
