@@ -7,7 +7,6 @@ spread evenly over the other C - k classes ("marginal smoothing"). k = C keeps q
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effdl.compression._meal_keys import TENSORS, codes_of, keys_of, table_of
 from effdl.compression._meal_teachers import Teachers, as_list, check_views, check_weights
 from effdl.core.batch import crop_of, unpack
 from effdl.core.calibrate import to_device
@@ -24,7 +24,6 @@ from effdl.core.fingerprint import fingerprint
 from effdl.core.random import preserved_rng
 
 _FORMAT = "effdl soft labels 1"
-_TENSORS = ("codes", "classes", "values", "marks", "low", "span")
 
 
 def smoothed(classes: Tensor, values: Tensor, num_classes: int) -> Tensor:
@@ -50,8 +49,8 @@ class SoftLabelCache:
         MEALV2ImageClassifier(teachers=["senet154.gluon_in1k"], cache="soft.safetensors", adversarial=None, ...)
     """
 
-    def __init__(self, tensors: dict[str, Tensor], num_classes: int, teachers: str) -> None:
-        self.num_classes, self.teachers = num_classes, teachers
+    def __init__(self, tensors: dict[str, Tensor], num_classes: int, teachers: str, views: str) -> None:
+        self.num_classes, self.teachers, self.views = num_classes, teachers, views
         self._tensors = tensors
 
     @property
@@ -82,7 +81,7 @@ class SoftLabelCache:
 
         Args:
             teachers, teacher_weights, teacher_transform, input_key: as for ``MEALV2Mixin``, which must get the same.
-            data: a LightningDataModule, or a loader of batches with ``index``.
+            data: the run's LightningDataModule (or a loader) of batches with ``index``.
             k: probabilities to keep of each q, 1 <= k <= C.
             crops: passes over the data, each with the next epoch's crops; ``None``: ``data.crops`` of them, or 1.
             device: where the teachers run.
@@ -107,7 +106,8 @@ class SoftLabelCache:
         check(bool(rows), "data", type(data).__name__, "at least one batch")
         keys, classes, values, marks, totals = (torch.cat(part) for part in zip(*rows))
         check(bool(values.isfinite().all()), "teachers", "NaN", "finite logits for every image")
-        return cls(_table(keys, classes, values, marks), int(totals[0]), asked.identity(teacher_weights))
+        table = table_of(keys, classes, values, marks)
+        return cls(table, int(totals[0]), asked.identity(teacher_weights), asked.seen())
 
     # ---- asking it -------------------------------------------------------------------------------------------------
 
@@ -122,11 +122,11 @@ class SoftLabelCache:
             ConfigurationError: keys of another width.
         """
         low, span, codes = (self._on(index.device)[name] for name in ("low", "span", "codes"))
-        keys = _keys(index, crop)
+        keys = keys_of(index, crop)
         width = f"{len(low) - 1} numbers beside the index, as when the cache was built"
         check(keys.shape[1] == len(low), "crop", keys.shape[1] - 1, width)
         offset = keys - low
-        code = _codes(offset, span)
+        code = codes_of(offset, span)
         row = torch.searchsorted(codes, code).clamp_(max=len(codes) - 1)
         return row, ((offset >= 0) & (offset < span)).all(1) & (codes[row] == code)
 
@@ -143,7 +143,7 @@ class SoftLabelCache:
         """
         row, known = self.find(index, crop)
         if not bool(known.all()):
-            raise ConfigurationError(f"index, crop: the cache has no {_keys(index, crop)[~known][0].tolist()}.")
+            raise ConfigurationError(f"index, crop: the cache has no {keys_of(index, crop)[~known][0].tolist()}.")
         return self.soft_labels(row)
 
     def answer(self, batch: Any, input_key: str | None = None) -> tuple[Tensor, Tensor]:
@@ -158,12 +158,12 @@ class SoftLabelCache:
         same = (mark - self._on(index.device)["marks"][row]).abs() <= 0.005 * size + 1e-6  # also after bf16
         return self.soft_labels(row), torch.stack([known.all(), (same | ~known).all()])
 
-    def verify(self, teachers: str, num_classes: int | None) -> None:
-        """Raise unless the cache holds what these teachers (``Teachers.identity``) say of so many classes."""
-        fix = "Build it anew with the teachers, teacher_weights and teacher_transform of this run."
-        check(self.teachers == teachers, "cache", f"of teachers {self.teachers}", f"soft labels of {teachers}", fix)
-        ok = num_classes in (None, self.num_classes)
-        check(ok, "cache", f"of {self.num_classes} classes", f"the student's {num_classes} classes")
+    def verify(self, **wanted: Any) -> None:
+        """Raise unless the cache is of these ``teachers``, ``views`` (fingerprints) and ``num_classes``."""
+        fix = "Build it anew of the data module, teachers, teacher_weights and teacher_transform of this run."
+        for name, value in wanted.items():
+            own = getattr(self, name)
+            check(value in (None, own), "cache", f"made with {name} {own}", f"one made with {name} {value}", fix)
 
     # ---- on disk ---------------------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class SoftLabelCache:
         path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu() for name, tensor in self._tensors.items()}
-        told = {"num_classes": self.num_classes, "teachers": self.teachers}
+        told = {"num_classes": self.num_classes, "teachers": self.teachers, "views": self.views}
         signed = json.dumps(told | {"sum": _sum(tensors, told)})
         save_file(tensors, path, {"format": _FORMAT, "told": signed})
         return path
@@ -196,7 +196,7 @@ class SoftLabelCache:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ConfigurationError(f"cache={str(path)!r} cannot be read: {error}. Build it anew.") from error
-        ours = told.get("format") == _FORMAT and set(tensors) == set(_TENSORS)
+        ours = told.get("format") == _FORMAT and set(tensors) == set(TENSORS)
         check(ours, "cache", str(path), "a file that SoftLabelCache.save wrote")
         read = json.loads(told["told"])
         whole = read.pop("sum") == _sum(tensors, read)
@@ -232,7 +232,7 @@ def _row(batch: Any, asked: Teachers, k: int, weights: Any, input_key: str | Non
     check_integer("k", k, 1, q.shape[1], fix="There are no more classes.")
     values, classes = q.topk(k)
     small = torch.int16 if q.shape[1] <= torch.iinfo(torch.int16).max else torch.int32
-    keys, (mark, _) = _keys(index, crop_of(batch)), _mark(inputs, index)
+    keys, (mark, _) = keys_of(index, crop_of(batch)), _mark(inputs, index)
     return keys.cpu(), classes.to(small).cpu(), values.cpu(), mark.cpu(), torch.full((1,), q.shape[1])
 
 
@@ -241,12 +241,6 @@ def _index_of(batch: Any, input_key: str | None) -> Tensor:
     told = "a dict with 'index' or a tuple (x, y, index): effdl.data's modules, or IndexedDataset around yours"
     check(isinstance(index, Tensor), "cache: the batch", type(batch).__name__, told)
     return index
-
-
-def _keys(index: Tensor, crop: Tensor | None) -> Tensor:
-    """int64 [B, 1 + P]."""
-    parts = [index.view(-1, 1)] if crop is None else [index.view(-1, 1), crop.reshape(len(index), -1)]
-    return torch.cat([part.long() for part in parts], 1)
 
 
 def _mark(inputs: Any, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,30 +265,5 @@ def _batches(data: Any, passes: int) -> Iterable[Any]:
         yield from loader
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
-
-
-def _table(keys: Tensor, classes: Tensor, values: Tensor, marks: Tensor) -> dict[str, Tensor]:
-    """Rows by rising code of their key, each once."""
-    low, span = keys.amin(0), keys.amax(0) - keys.amin(0) + 1
-    check(math.prod(span.tolist()) < 2**62, "crop", span.tolist(), "numbers whose ranges multiply to less than 2^62")
-    codes, order = _codes(keys - low, span).sort(stable=True)
-    again = codes[1:] == codes[:-1]
-    apart = again & ((marks[order][1:] - marks[order][:-1]).abs() > 1e-3)
-    fix = "A batch must say in 'crop' which crop each image is, or come without random augmentation."
-    check(not bool(apart.any()), "data", keys[order][1:][apart][:1].tolist(), "one image to an index and crop", fix)
-    once = torch.cat([torch.ones(1, dtype=torch.bool), ~again])
-    codes, keep = codes[once], order[once]
-    return dict(zip(_TENSORS, (codes, classes[keep], values[keep], marks[keep], low, span)))
-
-
-def _codes(offset: Tensor, span: Tensor) -> Tensor:
-    """One number for the numbers of a key, the last one varying fastest."""
-    code = offset[:, 0]
-    for column in range(1, offset.shape[1]):
-        code = code * span[column] + offset[:, column]
-    return code
-
-
 def _sum(tensors: dict[str, Tensor], told: dict[str, Any]) -> str:
-    return fingerprint(told, [(tensors[name].shape, tensors[name]) for name in _TENSORS])
+    return fingerprint(told, [(tensors[name].shape, tensors[name]) for name in TENSORS])

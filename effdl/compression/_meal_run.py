@@ -117,7 +117,14 @@ def num_classes_of(module: nn.Module) -> int | None:
 def check_cache(cache: SoftLabelCache | None, module: nn.Module, teachers: Teachers, weights: Any) -> None:
     """Raise where a cache is of other teachers or classes than a module's."""
     if cache is not None:
-        cache.verify(teachers.identity(weights), num_classes_of(module))
+        cache.verify(teachers=teachers.identity(weights), num_classes=num_classes_of(module))
+
+
+def prepare_teachers(teachers: Teachers, cache: SoftLabelCache | None, device: torch.device, data: Any) -> None:
+    """On the student's device, each with its view of the images; beside a cache where they are, and compared."""
+    teachers.prepare(device if cache is None else torch.device("cpu"), data)
+    if cache is not None:
+        cache.verify(views=teachers.seen())
 
 
 def make_discriminator(module: nn.Module, teachers: Teachers, k: int, adversarial: str | None) -> nn.Module | None:

@@ -130,9 +130,12 @@ class Teachers:
         return [teacher_logits(holder, x) for holder, x in zip(self.holders, seen)]
 
     def identity(self, weights: Sequence[float] | None) -> str:
-        """A fingerprint of who is asked, how much each counts, and what they were told to see of the images."""
-        counts = [float(w) for w in weights or [1 / len(self)] * len(self)]
-        return fingerprint(self.networks, counts, [_told(view) for view in as_views(self.transform, len(self))])
+        """A fingerprint of who is asked, and how much each counts."""
+        return fingerprint(self.networks, [float(w) for w in weights or [1 / len(self)] * len(self)])
+
+    def seen(self) -> str:
+        """A fingerprint of what they see of the images, once prepared."""
+        return fingerprint([_told(view) for view in self.views])
 
     def check_eval(self) -> None:
         """Raise where a teacher was switched to training: its Dropout and BatchNorm would silently ruin q."""

@@ -37,6 +37,7 @@ from effdl.compression._meal_run import (
     fold_discriminator,
     make_discriminator,
     param_groups,
+    prepare_teachers,
     unfold_discriminator,
     warn_of_groups,
     warn_of_outrun,
@@ -93,18 +94,18 @@ class MEALV2Mixin:
         teachers: one or several networks, timm names, folders of runs or weights (``core.distill.resolve_teacher``).
         teacher_weights: one per teacher, summing to 1; ``None``: all the same.
         adversarial: ``"reversal"`` (D learns to tell student from teachers, the student not to be told), or
-            ``"cooperative"`` (the official code: both minimise L_d, ReLU behind D), or ``None`` (no D). Measured
-            differences are small, as long as L_d does not rise far above ln 2 = 0.69 under reversal.
+            ``"cooperative"`` (the official code: both minimise L_d, ReLU behind D), or ``None`` (no D). Differences
+            are small, as long as L_d does not rise far above ln 2 = 0.69 under reversal.
         d_weight: of L_d, >= 0.
         d_lr: learning rate of D, the second group of the stock classifier's optimizer; in your own
             ``configure_optimizers`` use :meth:`meal_param_groups`. ``None``: the student's, which the official code in
             effect uses. Its 1e-4 is meant but overwritten; under reversal so slow a D is outrun (docs/results.md).
         discriminator_k: k of D's widths C, C/k, C/k^2, 2.
         cutmix: alpha of Beta(alpha, alpha) for mixing boxes of the training images (the paper's variant: 1.0), 0: off.
-            The teachers see the mixed images; labels are not mixed, so ``train/accuracy`` says little then.
-        teacher_transform: what a teacher sees of the images, a callable (``Renormalize``) for all or a list with one
-            (or ``None``) per teacher. ``None``: where the data module has ``mean`` and ``std``, images are normalised
-            anew for teachers that were named and whose weights came with other statistics.
+            Teachers see the mixed images; labels are not mixed, so ``train/accuracy`` says little then.
+        teacher_transform: what a teacher sees of the images, a callable (``Renormalize``) for all or a list of them.
+            ``None``: named teachers whose weights came with other statistics than the data module's ``mean`` and
+            ``std`` get images normalised anew.
         input_key: of a dict batch, where it is not one of the usual ones.
         cache: a :class:`SoftLabelCache` of these teachers, or its file: they are loaded to be compared, and never run.
             Needs ``adversarial=None`` and no CutMix.
@@ -113,8 +114,8 @@ class MEALV2Mixin:
     arg-max) and ``meal-v2/discriminator`` (L_d).
 
     Raises:
-        ConfigurationError: an argument out of range, a teacher that cannot be had, is the student, is not in
-            ``eval()``, tells other classes apart or returns NaN; a cache that is damaged or of other teachers or
+        ConfigurationError: an argument out of range; a teacher that cannot be had, is the student, is not in
+            ``eval()``, tells other classes apart or returns NaN; a cache that is damaged, of other teachers or of other
             images; labels of a multi-label task; manual optimisation.
 
     Example::
@@ -142,18 +143,17 @@ class MEALV2Mixin:
         cache: str | SoftLabelCache | None = None,
         **kwargs: Any,
     ) -> None:
-        numbers = d_weight, d_lr, discriminator_k, cutmix
-        check_meal_arguments(teachers, teacher_weights, adversarial, *numbers, teacher_transform, input_key)
+        told = d_weight, d_lr, discriminator_k, cutmix, teacher_transform, input_key
+        check_meal_arguments(teachers, teacher_weights, adversarial, *told)
         opened = open_cache(cache, adversarial, cutmix)
         super().__init__(*args, **kwargs)
         self.meal_teachers = Teachers(as_list(teachers), self, teacher_transform)
-        self.meal_weights, self.meal_adversarial = teacher_weights, adversarial
-        self.meal_d_weight, self.meal_d_lr, self.meal_cutmix = d_weight, d_lr, cutmix
-        self.meal_input_key, self.meal_cache = input_key, opened
+        self.meal_weights, self.meal_adversarial, self.meal_d_weight = teacher_weights, adversarial, d_weight
+        self.meal_d_lr, self.meal_cutmix, self.meal_input_key, self.meal_cache = d_lr, cutmix, input_key, opened
         check_cache(opened, self, self.meal_teachers, teacher_weights)
         self.meal_discriminator = make_discriminator(self, self.meal_teachers, discriminator_k, adversarial)
-        hook = getattr(super(), "compute_loss", None)
-        self._meal_stock = hook is not None and list(inspect.signature(hook).parameters) == ["outputs", "batch"]
+        hook = getattr(super(), "compute_loss", lambda: None)
+        self._meal_stock = list(inspect.signature(hook).parameters) == ["outputs", "batch"]
         self._meal_run, self._meal_done = MEALRun(), False  # of one fit; whether this step's loss was ours
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -170,8 +170,7 @@ class MEALV2Mixin:
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.meal_cache is None:
-            self.meal_teachers.prepare(self.device, self.trainer.datamodule)
+        prepare_teachers(self.meal_teachers, self.meal_cache, self.device, self.trainer.datamodule)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -249,8 +248,8 @@ class MEALV2Mixin:
         configure = super().configure_optimizers
         if getattr(configure, "__func__", None) is not ImageClassifier.configure_optimizers:
             return configure()
-        make = lambda _: self.optimizer(self.meal_param_groups(weight_decay=None))  # noqa: E731
-        return optimizer_and_scheduler(self, make, self.scheduler)
+        groups = self.meal_param_groups(weight_decay=None)
+        return optimizer_and_scheduler(self, lambda _: self.optimizer(groups), self.scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

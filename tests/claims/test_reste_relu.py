@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 class Net(LightningModule):
-    """Of test_reste.py's shape, as networks are mostly written; without ``relu`` BatchNorm alone precedes the layers."""
+    """Of test_reste.py's shape, as networks are mostly written; without ``relu`` BatchNorm alone precedes layers."""
 
     def __init__(self, relu: bool) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,6 +17,7 @@ from effdl.compression._meal_cache import smoothed
 from effdl.compression.meal_v2 import Renormalize, SoftLabelCache
 from effdl.core.distill import mean_probabilities
 from effdl.core.errors import ConfigurationError
+from effdl.core.export import save_timm
 from effdl.data.images import ImageData
 from effdl.data.indexed import IndexedDataset
 from effdl.data.loading import ResumableLoader
@@ -219,18 +221,33 @@ def test_other_teachers_and_other_arguments_are_refused():
     cache = built(given, indexed(), teacher_weights=[0.5, 0.5])
     cached(cache)  # the same weights as none
     view = Renormalize(0.5, 0.5, 0.4, 0.3)
-    for changed in ({"teachers": given[::-1]}, {"teacher_weights": [0.4, 0.6]}, {"teacher_transform": view}):
-        with pytest.raises(ConfigurationError, match="cache=.*Build it anew with the teachers"):
+    for changed in ({"teachers": given[::-1]}, {"teacher_weights": [0.4, 0.6]}):
+        with pytest.raises(ConfigurationError, match="cache='made with teachers.*Build it anew"):
             cached(cache, **changed)
+    with pytest.raises(ConfigurationError, match="cache='made with views.*Build it anew"):
+        fit(cached(cache, teacher_transform=view), indexed())
     viewed = built(given, indexed(), teacher_transform=view)
-    cached(viewed, teacher_transform=Renormalize(0.5, 0.5, 0.4, 0.3))
+    fit(cached(viewed, teacher_transform=Renormalize(0.5, 0.5, 0.4, 0.3)), indexed())
     wide = nn.Sequential(nn.Flatten(), nn.Linear(192, 7))
-    with pytest.raises(ConfigurationError, match=f"of 7 classes.*student's {CLASSES} classes"):
+    with pytest.raises(ConfigurationError, match=f"num_classes 7.*num_classes {CLASSES}"):
         cached(built(wide, indexed()), teachers=wide)
     with pytest.raises(ConfigurationError, match="adversarial='reversal'.*None with a cache"):
         cached(cache, adversarial="reversal")
     with pytest.raises(ConfigurationError, match="cutmix=1.0.*mixed images"):
         cached(cache, cutmix=1.0)
+
+
+def test_a_named_teachers_own_normalisation_counts(npz, tmp_path):
+    timm_network = timm.create_model("test_resnet", num_classes=CLASSES)
+    folder = str(save_timm(timm_network, tmp_path / "teacher", {"mean": (0.4,) * 3, "std": (0.2,) * 3}))
+    live, module = stock(adversarial=None, teachers=folder), cached(built(folder, crops(npz), CLASSES), teachers=folder)
+    fit(live, crops(npz))
+    fit(module, crops(npz))
+    for a, b in zip(live.parameters(), module.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    of_a_loader = built(folder, crops(npz).train_dataloader(), crops=2)  # which does not say what its images are
+    with pytest.raises(ConfigurationError, match="cache='made with views"):
+        fit(cached(of_a_loader, teachers=folder), crops(npz))
 
 
 def test_a_file_opens_again_and_is_small(tmp_path):
@@ -241,7 +258,7 @@ def test_a_file_opens_again_and_is_small(tmp_path):
     assert path.stat().st_size <= 500 * (6 * 5 + 12) + 2000  # whole: 500 * 200
     again = SoftLabelCache.load(str(path))
     assert torch.equal(again.lookup(torch.arange(500)), cache.lookup(torch.arange(500)))
-    again.verify(cache.teachers, 50)
+    again.verify(teachers=cache.teachers, views=cache.views, num_classes=50)
 
 
 def test_a_damaged_or_foreign_file_is_refused(tmp_path):
