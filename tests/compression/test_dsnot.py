@@ -1,19 +1,17 @@
-"""dsnot: checks 1-6, 8 and 9 of the method: golden numbers, invariants, exhaustion, output error, layouts."""
+"""dsnot: checks 1-6 of the method: golden numbers, invariants, exhaustion, batching, output error."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from torch import nn
 
 from effdl.compression._dsnot_masks import inverse_factor, magnitude_mask, sparsegpt
-from effdl.compression.dsnot import Settings, refine, row_mask, selected, sparsify, wanda_scores
-from effdl.core.errors import ConfigurationError
+from effdl.compression.dsnot import Settings, refine, row_mask, sparsify, wanda_scores
 from effdl.core.input_statistics import InputStatistics
 from effdl.core.masks import n_m_mask
-from effdl.tasks.tiny import tiny_gpt2, tiny_llama
+from effdl.tasks.tiny import tiny_llama
+from tests.compression.dsnot_parts import tokens
 from tests.support import golden
 
 GOLDEN = golden("dsnot")["block"]
@@ -128,11 +126,6 @@ def test_must_02_counts_are_exact_and_survivors_untouched(seed):
             assert torch.equal(value, before[name] * keep), name
 
 
-def tokens(count=2, length=12, vocabulary=64):
-    g = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(1, vocabulary, (2, length), generator=g)} for _ in range(count)]
-
-
 def test_must_03_expected_error_drops():
     eps = {tag: result["abs_expected_error_q_proj_mean"] for tag, result in GOLDEN["results"].items()}
     assert (round(eps["wanda"], 3), round(eps["dsnot_wanda"], 3)) == (1.645, 0.615)  # reproduced by check 1
@@ -208,96 +201,9 @@ def test_must_06_output_error_on_correlated_inputs():
     assert max(against_magnitude) < 1
 
 
-@pytest.mark.parametrize("init", ["wanda", "magnitude", "sparsegpt"])
-@pytest.mark.parametrize("refined", [True, False])
-def test_must_08_twice_is_once_and_zero_is_nothing(init, refined):
-    model = tiny_llama(64, 32)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    sparsify(model, tokens(), Settings(0.0, init=init, refine=refined))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    first = sparsify(model, tokens(), Settings(0.5, init=init, refine=refined))
-    once = {k: v.clone() for k, v in model.state_dict().items()}
-    second = sparsify(model, tokens(), Settings(0.5, init=init, refine=refined))
-    assert all(torch.equal(first.masks[n], second.masks[n]) for n in first.masks)
-    assert all(torch.allclose(v, once[k], atol=1e-6) for k, v in model.state_dict().items())
-    assert sum(row["swaps"] for row in second.layers.values()) == 0
-
-
-def test_must_09_conv1d_is_pruned_along_its_inputs():
-    model = tiny_gpt2(64, 32)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    done = sparsify(model, tokens(), Settings(0.5))
-    assert len(done.masks) == 8  # two blocks: c_attn, c_proj, c_fc, c_proj
-    for name, keep in done.masks.items():
-        weight = model.get_parameter(name)  # (in, out)
-        assert weight.shape == keep.shape
-        assert weight.eq(0).sum(0).eq(weight.shape[0] // 2).all(), name
-        assert torch.equal(weight, before[name] * keep)
-    sparsify(model := tiny_gpt2(64, 32), tokens(), Settings(nm=(2, 4)))
-    weight = model.get_parameter("transformer.h.0.attn.c_attn.weight")
-    assert weight.eq(0).view(16, 4, -1).sum(1).eq(2).all()
-    assert not model.transformer.wte.weight.eq(0).any()  # the embedding, tied to the head
-
-
-def test_settings_refuse_what_cannot_be():
-    for kwargs, name in (
-        ({"sparsity": 1.0}, "sparsity"), ({}, "sparsity"), ({"nm": (4, 2)}, "nm"), ({"nm": "2:4"}, "nm"),
-        ({"nm": (2, 4), "sparsity": 0.6}, "sparsity"), ({"sparsity": 0.5, "preset": "paper"}, "preset"),
-    ):  # fmt: skip
-        with pytest.raises(ConfigurationError, match=f"{name}="):
-            Settings(**kwargs)
-    model = tiny_llama(64, 32, intermediate_size=54)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ConfigurationError, match=r"nm=\(2, 4\): model.layers.0.mlp.down_proj.weight has 54"):
-        sparsify(model, tokens(), Settings(nm=(2, 4)))
-    with pytest.raises(ConfigurationError, match="no Linear"):
-        sparsify(nn.Sequential(nn.Conv2d(1, 1, 1)), tokens(), Settings(0.5))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    release = Settings(0.5, preset="release")
-    assert release.refines("model.layers.0.self_attn.q_proj.weight")
-    assert not release.refines("model.layers.0.mlp.up_proj.weight")
-
-
 def test_a_hessian_that_cannot_be_factorised_says_so():
     h = torch.eye(4)
     h[0, 1] = h[1, 0] = 1.005  # helped by the damping's retries
     assert torch.isfinite(inverse_factor(h)).all()
     with pytest.raises(RuntimeError, match="not positive definite"):
         inverse_factor(torch.full((4, 4), -3.0))
-
-
-def test_dead_inputs_are_never_grown_and_half_precision_is_measured_in_fp32():
-    w, scores = torch.ones(1, 4), torch.tensor([[1.0, 2, 3, 4]])
-    keep = torch.tensor([[False, False, True, True]])
-    expected, variance = torch.tensor([5.0, 1.0, -1.0, -1.0]), torch.tensor([0.0, 1.0, 1.0, 1.0])
-    found = refine(w, keep, expected, variance, scores, cycles=1, same_sign=False)
-    assert found.keep.tolist() == [[False, True, False, True]]
-    model = tiny_llama(64, 32).to(torch.float16)
-    model.model.embed_tokens.weight.data *= 300  # squares of 300 sum beyond fp16
-    done = sparsify(model, tokens(), Settings(0.5))
-    assert all(math.isfinite(v) for row in done.layers.values() for v in row.values())
-    assert all(row["sparsity"] == 0.5 for row in done.layers.values())
-
-
-def test_the_expectation_per_token_is_the_same_where_lengths_are():
-    by_sum, by_mean = (sparsify(tiny_llama(64, 32), tokens(), Settings(0.5, expectation=e)) for e in ("sum", "mean"))
-    same = [torch.equal(by_sum.masks[n], by_mean.masks[n]) for n in by_sum.masks]
-    assert sum(same) >= len(same) - 1  # rounding may move a row at the threshold
-
-
-def test_layers_without_tokens_stay_dense_and_are_named():
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
-    with pytest.warns(UserWarning, match="layers.0.self_attn.out_proj.weight saw no calibration token"):
-        done = sparsify(encoder, [torch.randn(2, 5, 8)], Settings(0.5))
-    assert sorted(done.masks) == [f"layers.{i}.linear{j}.weight" for i in (0, 1) for j in (1, 2)]
-    assert not encoder.layers[0].self_attn.out_proj.weight.eq(0).any()
-
-
-def test_targets_and_exclude_choose_inside_the_blocks():
-    model = tiny_llama(64, 32)
-    assert len(selected(model)) == 14
-    assert [w.name for w in selected(model, "layers.1.mlp", "up_proj")] == [
-        "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.down_proj.weight",
-    ]  # fmt: skip
-    with pytest.raises(ConfigurationError, match="targets='lm_head'"):
-        selected(model, "lm_head")
