@@ -1,4 +1,4 @@
-"""effdl.data.images: every way in, the batches, the splits, the noise, the order and the resume."""
+"""effdl.data.images: the batches, the sizes, the splits, the noise, the arguments."""
 
 from __future__ import annotations
 
@@ -10,35 +10,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import TensorDataset
 
 from effdl.core.errors import ConfigurationError
 from effdl.data.images import ImageData, ImageTensors
-from effdl.data.loading import EpochSampler, ResumableLoader, as_it_is
 from effdl.data.noise import CIFAR10_CONFUSIONS
-
-
-@pytest.fixture(scope="module")
-def arrays() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        "x_train": rng.integers(0, 256, (60, 12, 12, 3), dtype=np.uint8),
-        "y_train": np.arange(60) % 5,
-        "x_test": rng.integers(0, 256, (20, 12, 12, 3), dtype=np.uint8),
-        "y_test": np.arange(20) % 5,
-    }
-
-
-@pytest.fixture
-def npz(tmp_path, arrays) -> str:
-    np.savez(tmp_path / "some.npz", **arrays)
-    return str(tmp_path / "some.npz")
-
-
-def batches(loader) -> list[list[int]]:
-    return [batch["index"].tolist() for batch in loader]
-
+from tests.data.images_parts import batches
 
 # The batches
 
@@ -94,111 +70,6 @@ def test_normalisation_takes_one_number_or_one_per_channel(npz):
 
 def test_decoding_is_done_once_per_process():
     assert ImageData(seed=0)._read().splits["train"][0] is ImageData(seed=1)._read().splits["train"][0]
-
-
-# The ways in
-
-
-def check_equal_to(arrays, data: ImageData):
-    pixels = torch.from_numpy(arrays["x_test"]).permute(0, 3, 1, 2)
-    assert torch.equal(data.test_dataset.images, pixels)
-    assert data.test_dataset.labels.tolist() == arrays["y_test"].tolist()
-    assert data.num_classes == 5
-    assert len(data.train_dataset) + len(data.val_dataset) == 60
-
-
-def test_npz_file(npz, arrays):
-    check_equal_to(arrays, ImageData(npz))
-
-
-def test_npz_file_of_grey_images_in_one_array(tmp_path, arrays):
-    np.savez(tmp_path / "g.npz", x=arrays["x_train"][..., 0], y=arrays["y_train"], classes=list("abcde"))
-    data = ImageData(str(tmp_path / "g.npz"), val=0.25)
-    assert [len(d) for d in (data.train_dataset, data.val_dataset, data.test_dataset)] == [30, 15, 15]
-    assert data.classes == tuple("abcde")
-    assert data.train_dataset.images.shape == (30, 3, 12, 12)
-    seen = torch.cat([d.images[:, 0].flatten(1) for d in (data.train_dataset, data.val_dataset, data.test_dataset)])
-    assert len(seen.unique(dim=0)) == 60
-
-
-def test_npz_fields_of_other_names(tmp_path, arrays):
-    np.savez(tmp_path / "o.npz", pics_train=arrays["x_train"], kind_train=arrays["y_train"])
-    data = ImageData(str(tmp_path / "o.npz"), image_key="pics", label_key="kind")
-    assert data.num_classes == 5
-    with pytest.raises(ConfigurationError, match="expected x_train and y_train"):
-        ImageData(str(tmp_path / "o.npz")).setup()
-
-
-def test_folder_of_images(tmp_path, arrays):
-    from PIL import Image
-
-    for split in ("train", "test"):
-        for i, (x, y) in enumerate(zip(arrays[f"x_{split}"], arrays[f"y_{split}"])):
-            folder = tmp_path / split / f"class{y}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(x).save(folder / f"{i:03d}.png")
-    data = ImageData(str(tmp_path))
-    assert data.classes == tuple(f"class{i}" for i in range(5))
-    order = np.argsort(arrays["y_test"], kind="stable")
-    expected = torch.from_numpy(arrays["x_test"][order]).permute(0, 3, 1, 2)
-    assert torch.equal(data.test_dataset.images, expected)
-
-
-@pytest.mark.parametrize("form", ["datasets", "bytes", "lists"])
-def test_parquet_file(tmp_path, arrays, form):
-    import datasets
-    from PIL import Image
-
-    def png(x):
-        Image.fromarray(x).save(tmp_path / "one.png")
-        return (tmp_path / "one.png").read_bytes()
-
-    images, labels = arrays["x_train"], arrays["y_train"].tolist()
-    if form == "datasets":
-        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list("abcde"))})
-        table = datasets.Dataset.from_dict({"img": list(images), "label": labels}, features=features)
-    elif form == "bytes":
-        table = datasets.Dataset.from_dict({"image": [png(x) for x in images], "label": labels})
-    else:
-        table = datasets.Dataset.from_dict({"x": images.tolist(), "y": labels})
-    table.to_parquet(tmp_path / "d.parquet")
-    data = ImageData(str(tmp_path / "d.parquet"), val=0.0)
-    assert len(data.train_dataset) == 60
-    rows = {
-        x.permute(1, 2, 0).contiguous().numpy().tobytes(): int(y)
-        for x, y in zip(data.train_dataset.images, data.train_dataset.labels)
-    }
-    assert rows == {x.tobytes(): y for x, y in zip(images, labels)}
-
-
-def test_hub_data_set(monkeypatch, arrays):
-    import datasets
-
-    features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=list("abcde"))})
-    table = {
-        split: datasets.Dataset.from_dict(
-            {"img": list(arrays[f"x_{split}"]), "fine_label": arrays[f"y_{split}"]}, features=features
-        )
-        for split in ("train", "test")
-    }
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or datasets.DatasetDict(table))
-    monkeypatch.setattr("effdl.core.hub.reachable", lambda: True)
-    check_equal_to(arrays, ImageData("someone/some_images"))
-    assert asked == ["someone/some_images"]
-
-
-def test_hub_out_of_reach_names_the_local_forms(monkeypatch):
-    monkeypatch.setattr("effdl.core.hub.reachable", lambda: False)
-    monkeypatch.setattr("effdl.core.hub.go_offline", lambda: None)
-    monkeypatch.setattr("effdl.core.hub.offline", lambda: True)
-
-    def load_dataset(name):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(ConfigurationError, match=r"'someone/other' cannot be loaded.*folder of images.*parquet.*npz"):
-        ImageData("someone/other").setup()
 
 
 # Sizes
@@ -302,144 +173,6 @@ def test_a_crop_comes_again_and_is_told_whatever_the_batch(npz):
     assert crops[0][:, 2].unique().tolist() == [0, 1]
     assert "crop" not in ImageData(npz, augment=True).train_dataset[0]
     assert "crop" not in ImageData(npz, augment=True, crops=2).test_dataset[0]
-
-
-# Order and resume
-
-
-def test_order_is_a_function_of_seed_and_epoch_alone():
-    loader = ImageData(batch_size=100).train_dataloader()
-    first = batches(loader)
-    torch.manual_seed(7)
-    np.random.seed(7)
-    assert batches(loader) == first
-    loader.sampler.set_epoch(1)
-    assert batches(loader) != first
-    loader.sampler.set_epoch(0)
-    assert batches(loader) == first
-
-
-def test_iterating_leaves_the_global_random_streams_alone():
-    loader = ImageData(batch_size=100, augment=True).train_dataloader()
-    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
-    batches(loader)
-    assert torch.equal(before, torch.get_rng_state())
-    assert (numpys == np.random.get_state()[1]).all()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_goes_on_where_its_state_was_taken(workers):
-    def make():
-        data = TensorDataset(torch.arange(23))
-        loader = ResumableLoader(data, batch_size=4, shuffle=True, seed=3, num_workers=workers)
-        loader.sampler.set_epoch(5)
-        return loader
-
-    whole = [b[0].tolist() for b in make()]
-    first, second = make(), make()
-    iterator = iter(first)
-    head = [next(iterator)[0].tolist() for _ in range(2)]
-    second.load_state_dict(first.state_dict())
-    assert head + [b[0].tolist() for b in second] == whole
-    assert [b[0].tolist() for b in second] == whole  # the next epoch is a whole one
-    assert len(second) == 6
-
-
-class Recorder(L.LightningModule):
-    """A foreign module that remembers what it was shown."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3 * 12 * 12, 5)
-        self.seen: list[list[int]] = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch["index"].tolist())
-        return nn.functional.cross_entropy(self.layer(batch["image"].flatten(1)), batch["label"])
-
-    def validation_step(self, batch, batch_idx):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 1e-2)
-
-
-def fit(npz, folder, resume: str | None = None, **kwargs) -> Recorder:
-    L.seed_everything(0, verbose=False)
-    saving = L.pytorch.callbacks.ModelCheckpoint(
-        folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
-    )
-    trainer = L.Trainer(
-        max_steps=15, default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=None if resume else [saving], enable_checkpointing=not resume, **kwargs,
-    )  # fmt: skip
-    module = Recorder()
-    trainer.fit(module, ImageData(npz, batch_size=8, augment=True), ckpt_path=resume, weights_only=resume and True)
-    return module
-
-
-@pytest.mark.parametrize("limit", [None, 4])
-def test_a_run_resumed_anywhere_is_the_uninterrupted_run(npz, tmp_path, limit):
-    kwargs = {"limit_train_batches": limit} if limit else {}
-    whole = fit(npz, tmp_path, **kwargs)
-    for stop in (3, 7, 8, 9):  # epochs are 7 (or 4) batches long
-        resumed = fit(npz, tmp_path, resume=str(tmp_path / f"step={stop}.ckpt"), **kwargs)
-        assert resumed.seen == whole.seen[stop:], stop
-        for a, b in zip(whole.parameters(), resumed.parameters()):
-            assert torch.equal(a, b), stop
-
-
-def test_trainer_test_and_predict_see_every_test_example_in_order(npz, tmp_path):
-    class Shown(Recorder):
-        def test_step(self, batch, batch_idx):
-            self.seen.append(batch["index"].tolist())
-
-        def predict_step(self, batch, batch_idx):
-            return batch["index"]
-
-    module = Shown()
-    trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
-    trainer.test(module, ImageData(npz, batch_size=8), verbose=False)
-    assert sum(module.seen, []) == list(range(20))
-    assert torch.cat(trainer.predict(module, ImageData(npz, batch_size=8))).tolist() == list(range(20))
-
-
-@pytest.mark.parametrize("resumed", [False, True])
-def test_processes_share_the_batches_of_a_single_one(npz, resumed):
-    dataset = ImageData(npz).train_dataset
-
-    def loader(batch_size, replicas, rank):
-        sampler = EpochSampler(dataset, shuffle=True, num_replicas=replicas, rank=rank)
-        sampler.set_epoch(2)
-        loader = ResumableLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=as_it_is)
-        if resumed:
-            loader.load_state_dict({"epoch": 2, "batches": 3})
-        return loader
-
-    whole = batches(loader(8, 1, 0))
-    ours = [a + b for a, b in zip(batches(loader(4, 2, 0)), batches(loader(4, 2, 1)))]
-    assert [sorted(b) for b in ours] == [sorted(b) for b in whole]
-    assert len(loader(4, 2, 0)) == len(loader(4, 2, 1)) == 7
-
-
-def test_an_uneven_share_is_filled_from_the_start():
-    shares = [list(EpochSampler(range(7), num_replicas=3, rank=r)) for r in range(3)]
-    assert shares == [[0, 3, 6], [1, 4, 0], [2, 5, 1]]
-
-
-def test_lightning_does_not_replace_the_sampler(npz):
-    from torch.utils.data.distributed import DistributedSampler
-
-    assert isinstance(ImageData(npz).train_dataloader().sampler, DistributedSampler)
-
-
-def test_seeds_and_epochs_do_not_share_orders():
-    orders = {(s, e): None for s in range(3) for e in range(3)}
-    for s, e in orders:
-        sampler = EpochSampler(range(50), shuffle=True, seed=s)
-        sampler.set_epoch(e)
-        orders[s, e] = tuple(sampler)
-    assert len(set(orders.values())) == 9
 
 
 # Arguments, imports
