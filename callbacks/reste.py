@@ -45,6 +45,7 @@ from effdl.core.paper import Paper
 from effdl.core.quantizers import QuantizedWeight
 from effdl.core.select import Targets, Weight, select_modules
 from effdl.core.steps import Handle
+from effdl.core.surgery import refuse_after_weight_averaging
 
 
 class ReSTECallback(QuantizedTrainingCallback):
@@ -83,8 +84,8 @@ class ReSTECallback(QuantizedTrainingCallback):
 
     Raises:
         ConfigurationError: an argument outside its range; nothing matched; a layer of another class; NaN or infinite
-            weights; a run of unknown length without ``total_epochs``; a callback that holds weights at zero; with
-            ``reorder_relu`` a ReLU in a layout that is not known.
+            weights; a run of unknown length without ``total_epochs``; a callback that holds weights at zero; listed
+            after a ``WeightAveraging``; with ``reorder_relu`` a ReLU in a layout that is not known.
 
     Logs ``reste/o`` per epoch, and ``reste/estimating_error``, ``reste/gradient_stability`` and ``reste/dead_fraction``
     (of latent weights beyond t) whenever the Trainer logs.
@@ -153,6 +154,7 @@ class ReSTECallback(QuantizedTrainingCallback):
         return [Weight(f"{name}.weight", layer, "weight") for name, layer in layers.items()]
 
     def _before_attaching(self, trainer: Any, pl_module: Any, chosen: list[Weight]) -> None:
+        refuse_after_weight_averaging(trainer, self)  # layers get a buffer, which its copy would not have
         network, names = product(pl_module), _inside(pl_module, [weight.name for weight in chosen])
         if self.reorder_relu:
             moved = reorder_relus(network, names)

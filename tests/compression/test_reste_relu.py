@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
 from effdl.callbacks import ReSTECallback
@@ -306,3 +306,11 @@ def test_synchronised_batch_norms_keep_it():
     keep_relu_first(model, norms)
     assert type(model.eval()[1]) is ReLUBatchNorm2d  # a reverted one is in training mode
     assert torch.equal(model(x), want)
+
+
+def test_beside_an_average():
+    module = Dead()
+    fit(module, ReSTECallback(reorder_relu=True), EMAWeightAveraging(decay=0.5))
+    assert list(relu_first_norms(module.model)) == ["1"]
+    with pytest.raises(ConfigurationError, match="List ReSTECallback before"):  # its copy lacks buffers by then
+        fit(Module(), EMAWeightAveraging(decay=0.5), ReSTECallback())
