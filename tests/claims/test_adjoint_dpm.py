@@ -19,12 +19,10 @@ from effdl.data.images import ImageData
 from effdl.diffusion.adjoint_dpm import AdjointDPMModule, ClassifierLoss, SampleRows
 from effdl.tasks.diffusion import DiffusionModule
 from effdl.tasks.tiny import tiny_unet
+from tests.support import BARE
 
 pytestmark = pytest.mark.slow
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False, "num_sanity_val_steps": 0, "limit_val_batches": 0,
-}  # fmt: skip
+QUIET = {**BARE, "limit_val_batches": 0}
 SEEDS, TARGET, COUNT, ROUNDS = (0, 1, 2), 3, 32, 30
 
 

@@ -18,13 +18,10 @@ from torch.nn import functional as F
 
 from effdl.data.loading import ResumableLoader, as_it_is
 from effdl.diffusion.instaflow import PairTable, ReflowModule, ReflowPairs, euler, straightness
-from tests.support import load_npz
+from tests.support import BARE, load_npz
 
 pytestmark = pytest.mark.slow
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False, "num_sanity_val_steps": 0, "limit_val_batches": 0,
-}  # fmt: skip
+QUIET = {**BARE, "limit_val_batches": 0}
 
 
 class Tensors(torch.utils.data.Dataset):

@@ -19,14 +19,11 @@ from torch import Tensor
 from effdl.data.loading import ResumableLoader, as_it_is
 from effdl.diffusion.koala import KOALADistillationModule
 from effdl.tasks.diffusion import DiffusionModule
-from tests.support import load_npz
+from tests.support import BARE, load_npz
 
 pytestmark = pytest.mark.slow
 SEEDS = tuple(map(int, os.environ.get("EFFDL_SEEDS", "0,1,2").split(",")))
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False, "num_sanity_val_steps": 0, "limit_val_batches": 0,
-}  # fmt: skip
+QUIET = {**BARE, "limit_val_batches": 0}
 UNET = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (16, 32), "norm_num_groups": 8,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),

@@ -21,12 +21,10 @@ from effdl.data.loading import ResumableLoader, as_it_is
 from effdl.diffusion._flow import rectified_flow_loss
 from effdl.diffusion.rectified_flow_transformer import RectifiedFlowModule, integrate
 from effdl.tasks.tiny import tiny_sd3_transformer
+from tests.support import BARE
 
 pytestmark = pytest.mark.slow
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False, "num_sanity_val_steps": 0, "limit_val_batches": 0,
-}  # fmt: skip
+QUIET = {**BARE, "limit_val_batches": 0}
 
 
 SEEDS = (0, 1, 2)

@@ -18,13 +18,9 @@ from torch.nn import functional as F
 
 from effdl.data.loading import ResumableLoader
 from effdl.diffusion.score_sde import VE, ODESampler, PCSampler, ScoreSDEModule, dequantise
-from tests.support import load_npz
+from tests.support import BARE, load_npz
 
 pytestmark = pytest.mark.slow
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False, "num_sanity_val_steps": 0,
-}  # fmt: skip
 
 
 def summary(title: str, rows: dict[str, list[float]]) -> None:
@@ -136,7 +132,7 @@ def trained(train: Tensor, test: Tensor, seed: int, weighting: bool, folder: Pat
     found: dict[str, float] = {}
     start, kept = time.process_time(), None
     for steps in (200, 500, STEPS):  # one run, looked at three times
-        trainer = Trainer(max_steps=steps, **QUIET)
+        trainer = Trainer(max_steps=steps, **BARE)
         trainer.fit(module, loader, ckpt_path=kept, weights_only=True if kept else None)
         kept = folder / f"{seed}-{weighting}-{steps}.ckpt"
         trainer.save_checkpoint(kept)

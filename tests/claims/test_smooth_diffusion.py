@@ -25,13 +25,11 @@ from effdl.diffusion.smooth_diffusion import (
 )
 from effdl.tasks.diffusion import DiffusionModule
 from effdl.tasks.tiny import tiny_unet
+from tests.support import BARE
 
 pytestmark = pytest.mark.slow
 SEEDS = (0, 1, 2)
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False, "num_sanity_val_steps": 0, "limit_val_batches": 0, "gradient_clip_val": 1.0,
-}  # fmt: skip
+QUIET = {**BARE, "limit_val_batches": 0, "gradient_clip_val": 1.0}
 
 
 def adam(rate: float):

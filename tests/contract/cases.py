@@ -15,11 +15,7 @@ from effdl import catalog
 from effdl.core.contract import ContractExample
 from effdl.core.export import product
 from tests.contract.foreign import ForeignClassifier, classifier, pictures
-
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False, "num_sanity_val_steps": 0,
-}  # fmt: skip
+from tests.support import BARE as QUIET
 
 
 @dataclass(frozen=True)

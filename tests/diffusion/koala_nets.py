@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from effdl.diffusion.koala import KOALADistillationModule
 from effdl.tasks.tiny import tiny_condition_unet
+from tests.support import BARE as QUIET
 from tests.support import golden
 
 GOLDEN = golden("koala")
@@ -20,10 +21,6 @@ FULL = SDXL | {
     "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2,
     "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
     "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "num_sanity_val_steps": 0, "enable_checkpointing": False,
 }  # fmt: skip
 
 

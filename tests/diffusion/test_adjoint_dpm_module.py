@@ -14,11 +14,8 @@ from torch import nn
 from effdl.core.errors import ConfigurationError
 from effdl.diffusion.adjoint_dpm import AdjointDPMModule, AdjointSampler, ClassifierLoss, SampleRows
 from effdl.tasks.tiny import tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_xl, tiny_unet
+from tests.support import QUIET
 
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False,
-}  # fmt: skip
 SMALL = {
     "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8],
     "norm_num_groups": 4,

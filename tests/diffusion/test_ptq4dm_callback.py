@@ -20,9 +20,9 @@ from effdl.core.report import plain
 from effdl.diffusion._ptq4dm_samples import takes_time
 from effdl.tasks.diffusion import DiffusionModule
 from effdl.tasks.tiny import tiny_stable_diffusion, tiny_unet
+from tests.support import QUIET
 
 PLAIN = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def module(num_classes: int | None = 3) -> DiffusionModule:

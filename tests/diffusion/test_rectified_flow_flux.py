@@ -17,11 +17,8 @@ from effdl.diffusion._rectified_flow_transformer_conditions import drop, empty, 
 from effdl.diffusion._source import FlowSource
 from effdl.diffusion.rectified_flow_transformer import LogitNormal, RectifiedFlowModule, add_qk_norm, shift_time
 from effdl.tasks.tiny import tiny_clip_text_model, tiny_clip_tokenizer, tiny_t5_encoder, tiny_t5_tokenizer, tiny_vae
+from tests.support import BARE
 
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "num_sanity_val_steps": 0, "enable_checkpointing": False,
-}  # fmt: skip
 CHANNELS, WIDTH, POOLED = 4, 64, 32
 
 
@@ -69,7 +66,7 @@ def stock(network, latents, t, batch, guidance=None) -> torch.Tensor:
 
 def trained(module: RectifiedFlowModule, batch, **kwargs) -> RectifiedFlowModule:
     torch.manual_seed(0)
-    Trainer(max_steps=2, **QUIET, **kwargs).fit(module, DataLoader([batch] * 2, batch_size=None))
+    Trainer(max_steps=2, **BARE, **kwargs).fit(module, DataLoader([batch] * 2, batch_size=None))
     return module
 
 

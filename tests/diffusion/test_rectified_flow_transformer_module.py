@@ -28,11 +28,7 @@ from effdl.diffusion._source import FlowSource
 from effdl.diffusion.instaflow import ReflowModule
 from effdl.diffusion.rectified_flow_transformer import VALIDATION_TIMES, Mode, RectifiedFlowModule
 from effdl.tasks.tiny import tiny_ddpm, tiny_sd3_transformer, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_unet
-
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "num_sanity_val_steps": 0, "enable_checkpointing": False,
-}  # fmt: skip
+from tests.support import BARE
 
 
 class Plane(nn.Module):
@@ -102,9 +98,9 @@ def test_validation_is_the_loss_at_eight_fixed_times():
     module = RectifiedFlowModule(Plane())
     batch = points()
     loaders = DataLoader([batch], batch_size=None)
-    logged = Trainer(max_epochs=1, **QUIET)
+    logged = Trainer(max_epochs=1, **BARE)
     logged.fit(module, loaders, loaders)
-    logged = Trainer(**QUIET).validate(module, loaders, verbose=False)[0]
+    logged = Trainer(**BARE).validate(module, loaders, verbose=False)[0]
     noise, expected = Draws(0, -1, 0).noise((8, 2)), []
     for k, time in enumerate(VALIDATION_TIMES):
         assert time == (2 * k + 1) / 16
@@ -118,7 +114,7 @@ def test_validation_is_the_loss_at_eight_fixed_times():
 def test_compiled_network_and_accumulation():
     module = RectifiedFlowModule(Plane())
     module.model.compile(backend="eager")
-    trainer = Trainer(max_epochs=1, accumulate_grad_batches=4, **QUIET)
+    trainer = Trainer(max_epochs=1, accumulate_grad_batches=4, **BARE)
     trainer.fit(module, DataLoader([points()] * 8, batch_size=None))
     assert trainer.global_step == 2
     assert set(module.state_dict()) == {"model.net.weight", "model.net.bias"}
@@ -174,7 +170,7 @@ def rollout(network, scheduler: FlowMatchEulerDiscreteScheduler, noise, steps: i
 
 
 def trained(module: RectifiedFlowModule, batch) -> RectifiedFlowModule:
-    Trainer(max_steps=2, **QUIET).fit(module, DataLoader([batch] * 2, batch_size=None))
+    Trainer(max_steps=2, **BARE).fit(module, DataLoader([batch] * 2, batch_size=None))
     return module
 
 
@@ -279,9 +275,9 @@ def test_another_convention_of_time_and_other_settings_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="convention"):
         RectifiedFlowModule(str(tmp_path))
     module, other = RectifiedFlowModule(Plane()), RectifiedFlowModule(Plane(), density="uniform")
-    saved = Trainer(max_steps=1, **QUIET)
+    saved = Trainer(max_steps=1, **BARE)
     saved.fit(module, DataLoader([points()], batch_size=None))
     saved.save_checkpoint(tmp_path / "a.ckpt")
-    resumed = Trainer(max_steps=2, **QUIET)
+    resumed = Trainer(max_steps=2, **BARE)
     with pytest.raises(ConfigurationError, match="density"):
         resumed.fit(other, DataLoader([points()], batch_size=None), ckpt_path=tmp_path / "a.ckpt", weights_only=True)

@@ -18,11 +18,7 @@ from effdl.core.random import generator
 from effdl.diffusion.rectified_flow_transformer import RectifiedFlowModule, add_qk_norm
 from effdl.tasks.diffusion import DiffusionModule
 from effdl.tasks.tiny import tiny_condition_unet, tiny_sd3_transformer, tiny_unet
-
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "num_sanity_val_steps": 0, "enable_checkpointing": False,
-}  # fmt: skip
+from tests.support import BARE
 
 
 def inputs() -> dict[str, torch.Tensor]:
@@ -129,7 +125,7 @@ def test_callback_normalises_a_module_that_knows_nothing(tmp_path):
     module = DiffusionModule(tiny_unet(8, 1))
     callback, before = QKNormCallback(), sum(p.numel() for p in module.parameters())
     loader = DataLoader([{"image": torch.randn(4, 1, 8, 8)}] * 2, batch_size=None)
-    trainer = Trainer(max_epochs=1, callbacks=[callback], precision="bf16-mixed", **QUIET)
+    trainer = Trainer(max_epochs=1, callbacks=[callback], precision="bf16-mixed", **BARE)
     trainer.fit(module, loader)
     gains = [p for name, p in module.named_parameters() if ".norm_q." in name or ".norm_k." in name]
     assert len(gains) == 2 * len(callback.matched(module)) > 0
@@ -144,4 +140,4 @@ def test_callback_normalises_a_module_that_knows_nothing(tmp_path):
     with pytest.raises(ConfigurationError, match="fit"):
         QKNormCallback().report()
     with pytest.raises(ConfigurationError, match="before"):
-        Trainer(max_epochs=1, callbacks=[EMAWeightAveraging(), QKNormCallback()], **QUIET).fit(module, loader)
+        Trainer(max_epochs=1, callbacks=[EMAWeightAveraging(), QKNormCallback()], **BARE).fit(module, loader)

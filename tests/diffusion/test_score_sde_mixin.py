@@ -16,11 +16,8 @@ from effdl.data.loading import ResumableLoader
 from effdl.diffusion.score_sde import VE, VP, ScoreAdapter, ScoreSDEMixin, ScoreSDEModule, SubVP
 from effdl.tasks.diffusion import DiffusionModule
 from tests.diffusion.score_sde_nets import plane
+from tests.support import BARE
 
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "num_sanity_val_steps": 0, "enable_checkpointing": False,
-}  # fmt: skip
 RATE = 0.05
 
 
@@ -56,7 +53,7 @@ def points() -> ResumableLoader:
 
 
 def fit(module, callbacks=(), val=True, **kwargs) -> Trainer:
-    trainer = Trainer(callbacks=list(callbacks), **{**QUIET, "max_epochs": 2, **kwargs})
+    trainer = Trainer(callbacks=list(callbacks), **{**BARE, "max_epochs": 2, **kwargs})
     trainer.fit(module, points(), points() if val else None)
     return trainer
 
@@ -115,11 +112,11 @@ def test_what_is_theirs_stays_theirs(tmp_path):
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     bare.load_state_dict(checkpoint["state_dict"], strict=True)
     assert checkpoint["effdl"]["score-sde"] == module.record()
-    samples = Trainer(**QUIET).predict(module, points())
+    samples = Trainer(**BARE).predict(module, points())
     assert [tuple(part.shape) for part in samples] == [(4, 2)] * 8
     other = Mine(network(), network="net", sde="ve")
     with pytest.raises(ConfigurationError, match="sde"):
-        Trainer(**QUIET).fit(other, points(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+        Trainer(**BARE).fit(other, points(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     module.save_pretrained(tmp_path / "net")
     assert {path.name for path in (tmp_path / "net").iterdir()} == {"model.safetensors", "sde.json"}
 

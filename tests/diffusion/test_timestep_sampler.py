@@ -21,11 +21,8 @@ from effdl.diffusion.score_sde import ScoreSDEModule, score_matching_loss
 from effdl.tasks._denoising import stream
 from effdl.tasks.diffusion import DiffusionModule
 from effdl.tasks.text_to_image import TextToImageModule
+from tests.support import BARE
 
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "num_sanity_val_steps": 0, "enable_checkpointing": False,
-}  # fmt: skip
 COUNT = 4000
 
 
@@ -48,7 +45,7 @@ def points(count: int = COUNT) -> dict[str, torch.Tensor]:
 def fit(module, callback=None, batch=None, batches: int = 1, epochs: int = 1, val=None, **kwargs) -> Trainer:
     torch.manual_seed(0)
     callbacks = kwargs.pop("callbacks", [] if callback is None else [callback])
-    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, **QUIET, **kwargs.pop("trainer", {}))
+    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, **BARE, **kwargs.pop("trainer", {}))
     loader = DataLoader([points() if batch is None else batch] * batches, batch_size=None)
     trainer.fit(module, loader, val, **kwargs)
     return trainer
@@ -225,7 +222,7 @@ def test_a_module_of_pytorch_lightning_takes_part():
             return torch.optim.SGD(self.parameters(), 0.1)
 
     module = Theirs()
-    trainer = pytorch_lightning.Trainer(max_epochs=1, callbacks=[TimestepSamplerCallback("cosmap")], **QUIET)
+    trainer = pytorch_lightning.Trainer(max_epochs=1, callbacks=[TimestepSamplerCallback("cosmap")], **BARE)
     trainer.fit(module, DataLoader([points(16)], batch_size=None))
     assert torch.equal(module.seen[0], CosMap().sample(16, generator(0)))
 

@@ -15,12 +15,9 @@ from effdl.data.loading import ResumableLoader
 from effdl.diffusion.rectified_flow_transformer import RectifiedFlowModule
 from effdl.tasks.diffusion import DiffusionModule
 from tests.joined import joined_ddp
+from tests.support import BARE as QUIET
 
 BATCH, BATCHES, BINS = 12, 4, 4
-QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "num_sanity_val_steps": 0, "enable_checkpointing": False,
-}  # fmt: skip
 
 
 class Plane(nn.Module):
