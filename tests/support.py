@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,18 @@ def unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         probe.cache_clear()
 
 
+def offline_hub(monkeypatch: pytest.MonkeyPatch, loader: str, error: Exception) -> None:
+    """The hub has been found out of reach, and ``loader`` (a dotted path), asked all the same, fails with ``error``."""
+
+    def fail(*names: str) -> None:
+        raise error
+
+    monkeypatch.setattr("effdl.core.hub.reachable", lambda: False)
+    monkeypatch.setattr("effdl.core.hub.go_offline", lambda: None)
+    monkeypatch.setattr("effdl.core.hub.offline", lambda: True)
+    monkeypatch.setattr(loader, fail)
+
+
 def in_fresh_process(code: str, *arguments: str | Path, timeout: float = 300) -> str:
     """What a new interpreter prints that runs ``code`` with these ``sys.argv[1:]``; it must end well."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -135,13 +149,20 @@ def check_quantized_artifact(model, make_fresh, inputs: tuple, folder: Path) -> 
     torch.testing.assert_close(reopened, expected, rtol=0, atol=1e-5)
     export_program(model, inputs, folder / "model.pt2")
     torch.save({"inputs": inputs, "expected": expected}, folder / "case.pt")
-    code = (
-        "import sys, torch; case = torch.load(sys.argv[2], weights_only=True)\n"
-        "got = torch.export.load(sys.argv[1]).module()(*case['inputs'])\n"
-        "assert 'effdl' not in sys.modules\n"
-        "torch.testing.assert_close(got, case['expected'], rtol=0, atol=1e-5)\n"
-    )
-    in_fresh_process(code, folder / "model.pt2", folder / "case.pt")
+    # forked off a process that has imported torch and nothing of effdl, once for all the checks of a session
+    bare = multiprocessing.get_context("forkserver")
+    bare.set_forkserver_preload(["torch", "torch._dynamo"])
+    with ProcessPoolExecutor(1, mp_context=bare) as pool:
+        pool.submit(_open_without_effdl, folder / "model.pt2", folder / "case.pt").result(timeout=300)
+
+
+def _open_without_effdl(program: Path, case: Path) -> None:
+    import torch
+
+    told = torch.load(case, weights_only=True)
+    got = torch.export.load(program).module()(*told["inputs"])
+    assert "effdl" not in sys.modules
+    torch.testing.assert_close(got, told["expected"], rtol=0, atol=1e-5)
 
 
 def trained_on_digits(model, seed: int, epochs: int):
