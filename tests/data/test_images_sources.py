@@ -8,6 +8,7 @@ import torch
 
 from effdl.core.errors import ConfigurationError
 from effdl.data.images import ImageData
+from tests.support import offline_hub
 
 
 def check_equal_to(arrays, data: ImageData):
@@ -100,13 +101,6 @@ def test_hub_data_set(monkeypatch, arrays):
 
 
 def test_hub_out_of_reach_names_the_local_forms(monkeypatch):
-    monkeypatch.setattr("effdl.core.hub.reachable", lambda: False)
-    monkeypatch.setattr("effdl.core.hub.go_offline", lambda: None)
-    monkeypatch.setattr("effdl.core.hub.offline", lambda: True)
-
-    def load_dataset(name):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    offline_hub(monkeypatch, "datasets.load_dataset", ConnectionError("no network"))
     with pytest.raises(ConfigurationError, match=r"'someone/other' cannot be loaded.*folder of images.*parquet.*npz"):
         ImageData("someone/other").setup()

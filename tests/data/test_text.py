@@ -9,6 +9,7 @@ import torch
 
 from effdl.core.errors import ConfigurationError
 from effdl.data.text import ByteTokenizer, TextData, split_text
+from tests.support import offline_hub
 
 TEXT = "".join(f"{i:04d} " for i in range(1000))  # 5,000 characters, each place recognisable
 
@@ -164,13 +165,6 @@ def test_a_bad_argument_is_named(argument, value, tmp_path):
 
 
 def test_hub_out_of_reach_names_the_local_forms(monkeypatch):
-    monkeypatch.setattr("effdl.core.hub.reachable", lambda: False)
-    monkeypatch.setattr("effdl.core.hub.go_offline", lambda: None)
-    monkeypatch.setattr("effdl.core.hub.offline", lambda: True)
-
-    def load_dataset(*names):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    offline_hub(monkeypatch, "datasets.load_dataset", ConnectionError("no network"))
     with pytest.raises(ConfigurationError, match=r"'someone/prose' cannot be loaded.*a text file, a parquet file"):
         TextData("someone/prose").setup()

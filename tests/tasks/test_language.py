@@ -14,6 +14,7 @@ from effdl.core.errors import ConfigurationError
 from effdl.data.text import TextData
 from effdl.tasks.language import LanguageModel, next_token_loss
 from effdl.tasks.tiny import tiny_gpt2, tiny_llama
+from tests.support import offline_hub
 
 CONFIG = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 CONFIG |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -132,14 +133,7 @@ def test_any_network_from_ids_to_logits():
 
 
 def test_hub_out_of_reach_names_the_local_forms(monkeypatch):
-    monkeypatch.setattr("effdl.core.hub.reachable", lambda: False)
-    monkeypatch.setattr("effdl.core.hub.go_offline", lambda: None)
-    monkeypatch.setattr("effdl.core.hub.offline", lambda: True)
-
-    def from_pretrained(name):
-        raise OSError("no network")
-
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    offline_hub(monkeypatch, "transformers.AutoModelForCausalLM.from_pretrained", OSError("no network"))
     with pytest.raises(ConfigurationError, match=r"'org/big' cannot be loaded.*a model's folder"):
         LanguageModel("org/big")
 
