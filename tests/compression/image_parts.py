@@ -1,4 +1,4 @@
-"""What the tests of methods that factorise layers share: a foreign classifier of small images, data, a short run."""
+"""What the tests of methods that factorise layers share: golden numbers, a foreign classifier, images, a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.support import quiet_fit
+
+
+def tensor(value):
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def close(name, a, b, atol=1e-5):
+    """Prints the largest difference (``-s`` shows it), and compares."""
+    b = tensor(b) if isinstance(b, list) else b
+    print(f"golden {name}: {float((a - b).abs().max()):.1e}")
+    return torch.allclose(a, b, atol=atol, rtol=0)
 
 
 class Foreign(LightningModule):

@@ -25,20 +25,10 @@ from effdl.compression.maestro import (
 )
 from effdl.core.errors import ConfigurationError
 from effdl.core.factorize import is_cheaper, merge, narrow, split
+from tests.compression.image_parts import close, tensor
 from tests.support import golden
 
 GOLDEN = golden("maestro")
-
-
-def tensor(value):
-    return torch.tensor(value, dtype=torch.float32)
-
-
-def close(name, a, b, atol=1e-5):
-    """Prints the largest difference (``-s`` shows it), and compares."""
-    b = tensor(b) if isinstance(b, list) else b
-    print(f"golden {name}: {float((a - b).abs().max()):.1e}")
-    return torch.allclose(a, b, atol=atol, rtol=0)
 
 
 def filled(layer, want):

@@ -13,16 +13,9 @@ from effdl.callbacks import TrainedRankPruningCallback
 from effdl.compression import trained_rank_pruning
 from effdl.compression.trained_rank_pruning import decompose, final_ranks, kept_rank, select_layers, truncate
 from effdl.core.factorize import SCHEMES, dense_weight, matricise, split
-from tests.compression.trained_rank_parts import GOLDEN, ONE, Net, Scripted, fit, share, tensor
+from tests.compression.trained_rank_parts import GOLDEN, ONE, Net, Scripted, close, fit, share, tensor
 
 NAMES = {"NC": "channel", "VH": "spatial", "ND": "decouple"}
-
-
-def close(name, a, b, atol=1e-5):
-    """Prints the largest difference (``-s`` shows it), and compares."""
-    b = tensor(b) if isinstance(b, list) else b
-    print(f"golden {name}: {float((a - b).abs().max()):.1e}")
-    return torch.allclose(a, b, atol=atol, rtol=0)
 
 
 def test_must_01_golden_criteria():

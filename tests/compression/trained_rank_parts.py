@@ -8,16 +8,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from effdl.callbacks import TrainedRankPruningCallback
-from tests.compression.image_parts import Foreign, data, fit
+from tests.compression.image_parts import Foreign, close, data, fit, tensor
 from tests.support import QUIET, golden
 
-__all__ = ["CUT", "GOLDEN", "ONE", "QUIET", "Net", "Scripted", "data", "fit", "share", "tensor", "trp"]
+__all__ = ["CUT", "GOLDEN", "ONE", "QUIET", "Net", "Scripted", "close", "data", "fit", "share", "tensor", "trp"]
 
 GOLDEN = golden("trained-rank-pruning")
-
-
-def tensor(value):
-    return torch.tensor(value, dtype=torch.float32)
 
 
 class Net(Foreign):
