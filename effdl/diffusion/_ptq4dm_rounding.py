@@ -176,7 +176,7 @@ def _learn_block(
             error = (output(soft, one) - one.target.to(device).float()).square().sum(1).mean()
             loss = error + PENALTY * sum(penalty(x, step / settings.iterations) for x in h.values())
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward(inputs=list(v.values()))  # the network is not touched
             optimizer.step()
 
     made = {}
