@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar
 
 from lightning.pytorch.callbacks import Callback
@@ -35,9 +35,7 @@ class MethodCallback(Callback):
     @property
     def state_key(self) -> str:
         """Slug and a hash of the arguments: two instances with different settings keep different states."""
-        makers = [cls for cls in type(self).__mro__ if issubclass(cls, MethodCallback) and "__init__" in vars(cls)]
-        names = {name for cls in makers for name in list(inspect.signature(cls.__init__).parameters)[1:]}
-        text = repr([(name, _stable(getattr(self, name, None))) for name in sorted(names)])
+        text = repr([(name, _stable(getattr(self, name, None))) for name in _arguments(type(self))])
         return f"{self.slug}-{hashlib.sha1(text.encode()).hexdigest()[:8]}"
 
     def attach(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -88,6 +86,13 @@ class MethodCallback(Callback):
             call_next(*args, **kwargs)
         finally:
             self.undo()
+
+
+@cache  # Lightning's profiler asks for the key at every hook of every batch
+def _arguments(kind: type[MethodCallback]) -> list[str]:
+    """The constructor arguments of a class, those of the classes it passes them on to included."""
+    makers = [cls for cls in kind.__mro__ if issubclass(cls, MethodCallback) and "__init__" in vars(cls)]
+    return sorted({name for cls in makers for name in list(inspect.signature(cls.__init__).parameters)[1:]})
 
 
 def _stable(value: Any) -> Any:
