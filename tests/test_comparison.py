@@ -161,7 +161,7 @@ def test_errors_before_anything_is_trained(tmp_path, kwargs, message):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--model.model=resnet10t", "--seeds=1"]
+    small = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--model.model=test_resnet", "--seeds=1"]
     assert main(["compare", "gradual-pruning", "sam", "--sparsity=0.7", "--gradual-pruning.stop=0", *small]) == 0
     rows = json.loads((tmp_path / "runs/compare/compare.json").read_text())["methods"]
     assert [row["name"] for row in rows] == ["nothing", "gradual-pruning", "sam"]
