@@ -82,7 +82,7 @@ def test_a_margin_on_what_cannot_be_avoided():
 
 def test_every_overhead_row_can_be_made():
     names = [row.name for row in overhead.rows()]
-    assert len(set(names)) == len(names) == 15
+    assert len(set(names)) == len(names) == 16
     for row in overhead.rows(["SAM", "PolyNorm v GELU"]):
         module, callbacks = row.make()
         assert isinstance(module, LightningModule)

@@ -130,3 +130,32 @@ def test_large_matrices_are_cut_in_float32_down_to_where_it_is_exact(monkeypatch
         assert torch.allclose(found[0].double(), kept, atol=1e-6)
         assert torch.allclose(found[1].double(), exact, atol=2e-5)
     assert asked == [torch.float32] * 2 if reach > trained_rank_pruning.FLAT else [torch.float32, torch.float64] * 2
+
+
+def low_rank_weight(seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(160, 8, generator=g) @ torch.randn(8, 20 * 9, generator=g)
+    return (weight + 0.3 * torch.randn(160, 180, generator=g)).view(160, 20, 3, 3)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_cut_that_starts_from_the_last_one_is_the_svds(monkeypatch, turned):
+    asked, principal = [], trained_rank_pruning.principal
+    monkeypatch.setattr(trained_rank_pruning, "principal", lambda *a: (asked.append(a[1]), principal(*a))[1])
+    rule = "energy", 0.9
+    weight = low_rank_weight().flatten(1).t() if turned else low_rank_weight()
+    cut = truncate(weight, "channel", rule)
+    assert cut.basis.shape == (160, int(cut.rank))
+    moved = cut.weight + 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * weight.std()
+    exact = truncate(moved, "channel", rule)
+    assert len(asked) == 2
+    warm = truncate(moved, "channel", rule, basis=cut.basis)
+    assert len(asked) == 2  # nothing was decomposed whole
+    assert int(warm.rank) == int(exact.rank)
+    for a, b in ((warm.weight, exact.weight), (warm.subgradient, exact.subgradient)):
+        assert (a - b).norm() < 1e-3 * b.norm()
+    foreign = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))  # full of rank: nothing is near
+    again = truncate(foreign, "channel", rule, basis=cut.basis)
+    assert len(asked) == 3
+    assert again.basis is None
+    assert torch.equal(again.weight, truncate(foreign, "channel", rule).weight)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
+from effdl.compression import trained_rank_pruning
 from effdl.compression.trained_rank_pruning import decompose, select_layers, truncate
 from effdl.core.errors import ConfigurationError
 from effdl.core.export import save_model
@@ -159,3 +160,28 @@ def test_an_average_is_cut_before_it_is_split_and_the_rate_finder_splits_nothing
     trainer = Trainer(callbacks=[trp()], default_root_dir=tmp_path, max_epochs=1, **QUIET)
     Tuner(trainer).lr_find(module := Net(), data(), num_training=4, update_attr=False)
     assert type(module.model[3]) is nn.Conv2d
+
+
+def test_resume_goes_on_from_the_saved_bases(tmp_path, monkeypatch):
+    """A layer of low rank whose cuts start from one another: the resumed run takes the same ones."""
+
+    class Wide(Net):
+        def __init__(self):
+            super().__init__(lambda: nn.Conv2d(16, 16, 3, padding=1))
+            layer = nn.Linear(144, 160)
+            g = torch.Generator().manual_seed(0)
+            layer.weight.data = (torch.randn(160, 6, generator=g) @ torch.randn(6, 144, generator=g)) / 50
+            self.model = nn.Sequential(*self.model[:-1], layer, nn.Linear(160, 3))
+
+    starts, found = [], trained_rank_pruning.leading
+    monkeypatch.setattr(trained_rank_pruning, "leading", lambda *a: (starts.append(a[2].clone()), found(*a))[1])
+    kept = {"keep_energy": 0.9, "decompose": False, "targets": "model.8"}
+    fit(whole := Wide(), trp(**kept), max_epochs=4)
+    uninterrupted, starts[:] = list(starts), []
+    save = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+    fit(Wide(), trp(**kept), save)
+    fit(resumed := Wide(), trp(**kept), max_epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    assert len(uninterrupted) == len(starts) > 8  # every cut but the first
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted, starts))
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(a, b), name
