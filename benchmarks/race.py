@@ -88,17 +88,16 @@ def fit(module: Any, callbacks: list[Any], batches: list[Any], steps: int, stepp
 def race(makers: dict[str, Make], batch: Any, rounds: int, settle: int = 0) -> dict[str, list[Seconds]]:
     """Seconds per step of each run; round ``i`` of one is the neighbour in time of round ``i`` of the others.
 
-    The run called ``method`` has ``settle`` steps behind it by then.
+    Each has ``settle`` steps behind it by then.
     """
     counted = rounds + WARM_UP
-    steps = {name: counted + (settle if name == "method" else 0) for name in makers}
-    runs = {name: _Run(make, [batch] * steps[name], steps[name]) for name, make in makers.items()}
-    for name, run in runs.items():
+    runs = {name: _Run(make, [batch] * (settle + counted), settle + counted) for name, make in makers.items()}
+    for run in runs.values():
         run.start()
         run.stepper.arrived.acquire()
         if run.error is not None:
             raise run.error
-        for _ in range(steps[name] - counted):
+        for _ in range(settle):
             run.step()
     times: dict[str, list[Seconds]] = {name: [] for name in runs}
     names = list(runs)
